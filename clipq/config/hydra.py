@@ -1,0 +1,227 @@
+"""Hydra around the dataclasses of `schema`: composition, entry points, and errors a person can act on."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import functools
+import inspect
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
+
+from clipq.config import schema
+from clipq.config.schema import ConfigError, EvalJob, TrainJob
+
+Job = TypeVar("Job", TrainJob, EvalJob)
+
+
+def configs_dir() -> Path:
+    """The folder of YAML files: the repository's `configs/` where clipq runs from a checkout, else the packaged one.
+
+    An editable install leaves a copy in site-packages that goes stale; the one beside the sources always wins.
+    """
+    root = Path(__file__).resolve().parents[2]
+    if (root / "pyproject.toml").is_file() and (root / "configs" / "train.yaml").is_file():
+        return root / "configs"
+    return Path(__file__).resolve().parents[1] / "configs"
+
+
+def register(resolvers: dict[str, Callable[..., Any]]) -> None:
+    """Makes the dataclasses known to Hydra and adds `resolvers` (name -> function) for `${name:…}` in YAML."""
+    store = ConfigStore.instance()
+    store.store(name="train_schema", node=TrainJob)
+    store.store(name="eval_schema", node=EvalJob)
+    for name, function in {"clipq.stem": lambda path: Path(path).stem, **resolvers}.items():
+        OmegaConf.register_new_resolver(name, function, replace=True)
+
+
+def to_job(cfg: DictConfig, kind: type[Job]) -> Job:
+    """The composed configuration as the typed object that the rest of the program sees.
+
+    Raises:
+        ConfigError: a key that `kind` does not have (`+new=key`), a setting that is not set, a value of a wrong type
+            or one that its dataclass refuses.
+    """
+    for path, known in _unknown_keys(cfg, kind, ""):
+        raise ConfigError(_no_such_setting(path, known))
+    for path in sorted(OmegaConf.missing_keys(cfg)):
+        raise ConfigError(f"{path} is not set. It is: {_doc_of(kind, path)}")
+    try:
+        job = OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(error, kind)) from error
+    assert isinstance(job, kind)
+    return job
+
+
+def run(kind: type[Job], config_name: str, function: Callable[[Job, str], None], **resolvers: Callable) -> None:
+    """Entry point of a command: composes `config_name` with the command line and calls `function(job, yaml)`.
+
+    A mistake in the configuration ends the process with exit code 2 and one message, printed by rank 0 only.
+    """
+    register({f"clipq.{name}": f for name, f in resolvers.items()})
+    sys.argv[1:] = [_quote_braces(a) for a in sys.argv[1:]]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing its own half of the story
+
+    @hydra.main(version_base="1.3", config_path=str(configs_dir()), config_name=config_name)
+    def app(cfg: DictConfig) -> None:
+        try:
+            function(to_job(cfg, kind), OmegaConf.to_yaml(cfg, resolve=True))
+        except ConfigError as error:
+            _fail(str(error))
+
+    try:
+        app()
+    except (HydraException, OmegaConfBaseException) as error:
+        _fail(_explain(error, kind))
+
+
+def _fail(message: str) -> typing.NoReturn:
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"{Path(sys.argv[0]).stem}: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def _quote_braces(argument: str) -> str:
+    """Quotes the value of `key=path/{00000..00099}.tar`: Hydra's grammar would read the braces as a dictionary."""
+    key, equals, value = argument.partition("=")
+    if equals and re.search(r"\{[\w,]+(\.\.|,)[\w,.]+\}", value) and value[0] not in "'\"[{":
+        return f'{key}="{value}"'
+    return argument
+
+
+# --- what a type declares -----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def field_docs(kind: type) -> dict[str, str]:
+    """Field -> the string that stands beneath its declaration."""
+    body = ast.parse(inspect.getsource(kind)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    docs = {}
+    for node, after in zip(body.body, body.body[1:], strict=False):
+        documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and documented:
+            docs[node.target.id] = " ".join(str(after.value.value).split())
+    return docs
+
+
+def field_types(kind: type) -> dict[str, Any]:
+    """Field -> its type, `X | None` reduced to `X`."""
+    hints = typing.get_type_hints(kind, vars(schema))
+    return {f.name: _unwrap_optional(hints[f.name]) for f in fields(kind)}
+
+
+def _unwrap_optional(hint: Any) -> Any:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return next(a for a in typing.get_args(hint) if a is not type(None))
+    return hint
+
+
+def _type_at(kind: type, path: str) -> Any:
+    """The type of the setting at a dotted path; None where there is no such setting."""
+    at: Any = kind
+    for part in path.split("."):
+        if is_dataclass(at):
+            at = field_types(typing.cast(type, at)).get(part)
+        elif typing.get_origin(at) is dict:
+            at = typing.get_args(at)[1]
+        else:
+            return None
+    return at
+
+
+def _doc_of(kind: type, path: str) -> str:
+    parent, _, leaf = path.rpartition(".")
+    at = _type_at(kind, parent) if parent else kind
+    return field_docs(at).get(leaf, "a setting") if is_dataclass(at) else "a setting"
+
+
+def _unknown_keys(node: Any, kind: Any, path: str) -> Iterator[tuple[str, list[str]]]:
+    """Keys of a composed node that its dataclass does not declare, each with the names that it does declare."""
+    if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
+        return
+    if is_dataclass(kind):
+        known = field_types(typing.cast(type, kind))
+        for key in node:
+            at = f"{path}.{key}" if path else str(key)
+            if key not in known:
+                yield at, list(known)
+            elif not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
+                yield from _unknown_keys(node._get_node(key), known[str(key)], at)
+    elif typing.get_origin(kind) is dict:
+        for key in node:
+            yield from _unknown_keys(node._get_node(key), typing.get_args(kind)[1], f"{path}.{key}")
+
+
+# --- messages -----------------------------------------------------------------------------------------------------
+
+
+def _no_such_setting(path: str, known: list[str]) -> str:
+    parent, _, leaf = path.rpartition(".")
+    known = known if parent else [*known, "experiment"]  # a group that selects settings and has none of its own
+    close = difflib.get_close_matches(leaf, known, n=1)
+    prefix = f"{parent}." if parent else ""
+    hint = f" Did you mean {prefix}{close[0]}?" if close else ""
+    return f"{path}: no such setting.{hint} {parent or 'The top level'} has: {', '.join(known)}"
+
+
+def _explain(error: BaseException, kind: type) -> str:
+    """One readable message for what Hydra or OmegaConf found wrong."""
+    if isinstance(error, OverrideParseException):
+        return (
+            f"cannot read the override {error.override!r}: {_first_line(error)}\n"
+            "Overrides are key=value; quote values with spaces or special characters, as in 'key=\"a value\"'"
+        )
+    if isinstance(error, MissingConfigException):
+        return _explain_missing_option(error)
+    cause = error.__cause__ if isinstance(error, HydraException) and error.__cause__ is not None else error
+    key = getattr(cause, "full_key", None) or ""
+    if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and key:
+        at = _type_at(kind, key.rpartition(".")[0]) if "." in key else kind
+        return _no_such_setting(key, list(field_types(at)) if is_dataclass(at) else [])
+    if isinstance(cause, ConfigError):
+        return str(cause)
+    if isinstance(cause, ValidationError) and key:
+        return f"{key}: {_first_line(cause)}. It is: {_doc_of(kind, key)}"
+    match = re.search(r"Could not override '([^']+)'", str(error))
+    if match:
+        return _no_such_group(match[1])
+    return str(error)
+
+
+def _explain_missing_option(error: MissingConfigException) -> str:
+    group, _, option = (error.missing_cfg_file or "").rpartition("/")
+    choices = sorted(error.options or [])
+    if not group:
+        return str(error)
+    close = difflib.get_close_matches(option, choices, n=1)
+    hint = f" Did you mean {group}={close[0]}?" if close else ""
+    return (
+        f"{group}={option}: no such option.{hint} {group} has: {', '.join(choices)}\n"
+        f"Your own go into a folder FOLDER/{group}/{option}.yaml named with --config-dir FOLDER"
+    )
+
+
+def _no_such_group(name: str) -> str:
+    groups = sorted(p.name for p in configs_dir().iterdir() if p.is_dir() and p.name != "arch")
+    close = difflib.get_close_matches(name, [*groups, *field_types(TrainJob)], n=1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    return f"{name}: no such setting or group.{hint} Groups: {', '.join(groups)}"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,169 @@
+"""From the bytes of a sample to an image and a caption.
+
+Training takes the quick way (libjpeg-turbo, uint8, no PIL where the file allows it); evaluation takes OpenCLIP's own
+PIL transform, so that its numbers are those of the field's tools.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import simplejpeg
+import torch
+import torchvision.transforms.v2.functional as TF
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+
+from clipq.data.shards import Sample, member
+
+
+def decode_pil(data: bytes) -> Image.Image:
+    """Encoded image -> RGB PIL image, turned upright by its EXIF orientation; transparency on white.
+
+    Raises:
+        ValueError: not an image that Pillow can read.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+    except Exception as error:
+        raise ValueError(f"cannot decode the image ({len(data)} bytes): {error}") from error
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("P", "PA", "LA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    elif image.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
+        # convert("L") would clip 16-bit values at 255
+        grey = np.asarray(image, dtype=np.float64)
+        image = Image.fromarray((grey / max(256.0, grey.max() + 1) * 256).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def decode_rgb(data: bytes) -> np.ndarray:
+    """Encoded image -> RGB array [height, width, 3], uint8, as `decode_pil` but several times faster on plain JPEG."""
+    # EXIF needs its orientation applied and stands near the start; simplejpeg reads grey and YCbCr files as RGB,
+    # and refuses CMYK.
+    if data[:2] == b"\xff\xd8" and b"Exif\0\0" not in data[:4096]:
+        try:
+            return simplejpeg.decode_jpeg(data, "RGB")
+        except ValueError:
+            pass
+    return np.asarray(decode_pil(data))
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """OpenCLIP's training augmentation on uint8: a random crop resized to the input size, then flip and colours."""
+
+    size: tuple[int, int]
+    """Height and width of the result."""
+    interpolation: str = "bicubic"
+    scale: tuple[float, float] = (0.9, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.0
+    color_jitter: tuple[float, ...] = ()
+    color_jitter_prob: float = 0.8
+    grayscale: float = 0.0
+
+    def __call__(self, data: bytes, rng: random.Random) -> Tensor:
+        """Encoded image -> [3, height, width] uint8."""
+        rgb = decode_rgb(data)
+        top, left, height, width = self._crop(rgb.shape[0], rgb.shape[1], rng)
+        image = torch.from_numpy(rgb[top : top + height, left : left + width].copy()).permute(2, 0, 1)
+        if (height, width) != self.size:
+            image = TF.resize(image, list(self.size), InterpolationMode(self.interpolation), antialias=True)
+        if self.flip and rng.random() < self.flip:
+            image = image.flip(-1)
+        if self.color_jitter and rng.random() < self.color_jitter_prob:
+            image = self._jitter(image, rng)
+        if self.grayscale and rng.random() < self.grayscale:
+            image = TF.rgb_to_grayscale(image, num_output_channels=3)
+        return image
+
+    def _crop(self, height: int, width: int, rng: random.Random) -> tuple[int, int, int, int]:
+        """Top, left, height and width of a crop whose area and ratio are drawn as torchvision's RandomResizedCrop does."""
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        for _ in range(10):
+            area = height * width * rng.uniform(*self.scale)
+            ratio = math.exp(rng.uniform(low, high))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                return rng.randint(0, height - h), rng.randint(0, width - w), h, w
+        w = min(width, round(height * self.ratio[1]))
+        h = min(height, round(width / self.ratio[0]))
+        return (height - h) // 2, (width - w) // 2, h, w
+
+    def _jitter(self, image: Tensor, rng: random.Random) -> Tensor:
+        brightness, contrast, saturation, hue = self.color_jitter
+        steps: list[Callable[[Tensor], Tensor]] = [
+            lambda x: TF.adjust_brightness(x, rng.uniform(max(0.0, 1 - brightness), 1 + brightness)),
+            lambda x: TF.adjust_contrast(x, rng.uniform(max(0.0, 1 - contrast), 1 + contrast)),
+            lambda x: TF.adjust_saturation(x, rng.uniform(max(0.0, 1 - saturation), 1 + saturation)),
+            lambda x: TF.adjust_hue(x, rng.uniform(-hue, hue)),
+        ]
+        rng.shuffle(steps)
+        for step in steps:
+            image = step(image)
+        return image
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Where the captions of a sample are: `txt`, or `json.NAME` for a string or a list in the `json` member."""
+
+    source: str = "txt"
+    lines: bool = False
+    """A `txt` member holds one caption a line."""
+    member: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "member", self.source.split(".")[0])
+
+    def all(self, sample: Sample) -> list[str]:
+        """Every caption of a sample, at least one, none of them blank.
+
+        Raises:
+            ValueError: the member or the field is not there, or holds no text.
+        """
+        data = member(sample, self.member)
+        if data is None:
+            raise ValueError(f"sample {sample['__key__']} has no {self.member} member")
+        found = self._from_json(sample, data) if "." in self.source else _text(sample, data)
+        lines = found.split("\n") if isinstance(found, str) and self.lines else found
+        captions = [c.strip() for c in ([lines] if isinstance(lines, str) else lines)]
+        captions = [c for c in captions if c]
+        if not captions:
+            raise ValueError(f"sample {sample['__key__']} has no text in {self.source}")
+        return captions
+
+    def one(self, sample: Sample, rng: random.Random) -> str:
+        """One caption, chosen at random where there are several."""
+        captions = self.all(sample)
+        return captions[0] if len(captions) == 1 else rng.choice(captions)
+
+    def _from_json(self, sample: Sample, data: bytes) -> str | list[str]:
+        name = self.source.partition(".")[2]
+        try:
+            record: Any = json.loads(data)
+        except ValueError as error:
+            raise ValueError(f"sample {sample['__key__']}: its json member cannot be read: {error}") from error
+        found = record.get(name) if isinstance(record, dict) else None
+        if isinstance(found, str) or (isinstance(found, list) and all(isinstance(c, str) for c in found)):
+            return found
+        has = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        raise ValueError(f"sample {sample['__key__']}: json field {name!r} is not text; the record has: {has}")
+
+
+def _text(sample: Sample, data: bytes) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"sample {sample['__key__']}: its caption is not UTF-8") from error

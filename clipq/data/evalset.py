@@ -1,0 +1,129 @@
+"""Evaluation data: every image exactly once over all ranks and loader processes, none dropped in silence."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from clipq.data.decode import Captions, decode_pil
+from clipq.data.shards import member, share_of_lane
+
+log = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+class Source(Protocol):
+    """Where evaluation samples come from."""
+
+    def share(self, lane: int, lanes: int) -> Iterator[tuple[str, bytes, Any]]:
+        """(name, encoded image, target) of each sample that falls to this lane. A ValueError target marks a fault."""
+        ...
+
+
+@dataclass(frozen=True)
+class LabelledShards:
+    """Shards of image + `cls`, the number of the class."""
+
+    shards: list[str]
+    image: str = "jpg;jpeg;png;webp"
+
+    def share(self, lane: int, lanes: int) -> Iterator[tuple[str, bytes, Any]]:
+        for shard, _, sample in share_of_lane(self.shards, lane=lane, lanes=lanes):
+            name = f"{sample['__key__']} of {shard}"
+            data, label = member(sample, self.image), member(sample, "cls")
+            if data is None or label is None:
+                yield name, b"", ValueError(f"no {'image' if data is None else 'cls'} member")
+                continue
+            try:
+                yield name, data, int(label)
+            except ValueError:
+                yield name, b"", ValueError(f"its cls member {label[:20]!r} is not a class number")
+
+
+@dataclass(frozen=True)
+class CaptionedShards:
+    """Shards of image + captions."""
+
+    shards: list[str]
+    captions: Captions
+    image: str = "jpg;jpeg;png;webp"
+
+    def share(self, lane: int, lanes: int) -> Iterator[tuple[str, bytes, Any]]:
+        for shard, _, sample in share_of_lane(self.shards, lane=lane, lanes=lanes):
+            name = f"{sample['__key__']} of {shard}"
+            data = member(sample, self.image)
+            if data is None:
+                yield name, b"", ValueError("no image member")
+                continue
+            try:
+                yield name, data, self.captions.all(sample)
+            except ValueError as error:
+                yield name, b"", error
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """One sub-folder for each class; class n is the n-th sub-folder in the order of their names."""
+
+    folder: str
+
+    def classes(self) -> list[Path]:
+        """Sub-folders in order.
+
+        Raises:
+            FileNotFoundError: no such folder, or no sub-folders in it.
+        """
+        root = Path(self.folder).expanduser()
+        found = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+        if not found:
+            raise FileNotFoundError(f"{root}: expected a folder with one sub-folder of images for each class")
+        return found
+
+    def share(self, lane: int, lanes: int) -> Iterator[tuple[str, bytes, Any]]:
+        number = 0
+        for label, folder in enumerate(self.classes()):
+            for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES):
+                if number % lanes == lane:
+                    yield str(path), path.read_bytes(), label
+                number += 1
+
+
+@dataclass(frozen=True)
+class EvalStream(IterableDataset):
+    """Batches of this rank's share: {"image": [B, 3, H, W], "target": list of B, "failed": int}."""
+
+    source: Source
+    transform: Callable[[Image.Image], Tensor]
+    """PIL image -> normalised [3, H, W]."""
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        info = get_worker_info()
+        workers, worker = (info.num_workers, info.id) if info else (1, 0)
+        images, targets, failed = [], [], 0
+        for name, data, target in self.source.share(self.rank * workers + worker, self.world_size * workers):
+            try:
+                if isinstance(target, ValueError):
+                    raise target
+                images.append(self.transform(decode_pil(data)))
+                targets.append(target)
+            except ValueError as error:
+                log.warning("sample %s cannot be evaluated: %s", name, error)
+                failed += 1
+            if len(images) == self.batch_size:
+                yield {"image": torch.stack(images), "target": targets, "failed": failed}
+                images, targets, failed = [], [], 0
+        if images or failed:
+            stacked = torch.stack(images) if images else torch.empty(0)
+            yield {"image": stacked, "target": targets, "failed": failed}

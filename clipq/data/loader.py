@@ -1,0 +1,136 @@
+"""Batches: what the training loop and the evaluators draw from.
+
+The order of a training run is a function of (seed, shards, ranks, workers, step): a loader that starts at step s
+yields the very batches that an uninterrupted one yields from step s on. It gets there by reading, not decoding, the
+samples before.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import os
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from clipq.data.decode import Captions, TrainTransform
+from clipq.data.shards import Sample, member, shuffled_samples
+
+log = logging.getLogger(__name__)
+
+Tokenizer = Callable[[list[str]], Tensor]
+
+
+@dataclass(frozen=True)
+class TrainStream(IterableDataset):
+    """Endless training batches of one rank: {"image": [B, 3, H, W] uint8, "text": [B, context] int32}."""
+
+    shards: list[str]
+    transform: TrainTransform
+    captions: Captions
+    tokenizer: Tokenizer
+    batch_size: int
+    """Pairs in a batch of this rank."""
+    image: str = "jpg;jpeg;png;webp"
+    shuffle: int = 4096
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    start: int = 0
+    """Batches of this rank that were delivered before."""
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        info = get_worker_info()
+        workers, worker = (info.num_workers, info.id) if info else (1, 0)
+        # DataLoader deals batches out in turn, beginning with worker 0. The batch at position p belongs to lane
+        # p mod workers wherever the loader starts.
+        lane_of_rank = (self.start + worker) % workers
+        batch = self.start // workers + (lane_of_rank < self.start % workers)
+        lane = self.rank * workers + lane_of_rank
+        samples = shuffled_samples(
+            self.shards,
+            (self.image, self.captions.member),
+            seed=self.seed,
+            lane=lane,
+            lanes=self.world_size * workers,
+            buffer=self.shuffle,
+        )
+        samples = itertools.islice(samples, batch * self.batch_size, None)
+        encode = functools.lru_cache(maxsize=1 << 16)(self._encode)
+        while True:
+            raw = list(itertools.islice(samples, self.batch_size))
+            yield self._batch(raw, random.Random(f"{self.seed} {lane} {batch}"), encode)
+            batch += 1
+
+    def _encode(self, caption: str) -> Tensor:
+        return self.tokenizer([caption])[0].to(torch.int32)
+
+    def _batch(
+        self, raw: list[Sample], rng: random.Random, encode: Callable[[str], Tensor]
+    ) -> dict[str, Tensor]:
+        images, texts = [], []
+        for sample in raw:
+            try:
+                data = member(sample, self.image)
+                assert data is not None  # shuffled_samples lets no other sample through
+                image, text = self.transform(data, rng), encode(self.captions.one(sample, rng))
+            except ValueError as error:
+                log.warning("sample %s of %s left out: %s", sample["__key__"], sample["__url__"], error)
+                continue
+            images.append(image)
+            texts.append(text)
+        if not images:
+            raise ValueError(
+                f"none of the {len(raw)} samples of a batch could be read; "
+                f"the last was {raw[-1]['__key__']} of {raw[-1]['__url__']} (see the warnings before)"
+            )
+        # A sample that cannot be read is replaced by another of its batch: the positions of all others stay the same.
+        for _ in range(len(raw) - len(images)):
+            i = rng.randrange(len(images))
+            images.append(images[i])
+            texts.append(texts[i])
+        return {"image": torch.stack(images), "text": torch.stack(texts)}
+
+
+def default_workers(local_world_size: int) -> int:
+    """Loader processes of a rank: its share of the CPU cores less one, between 1 and 14."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(14, max(1, cores // local_world_size - 1))
+
+
+def make_loader(
+    dataset: IterableDataset, *, workers: int, prefetch: int = 2, pin_memory: bool = False
+) -> DataLoader[Any]:
+    """A DataLoader over a dataset that yields whole batches.
+
+    Args:
+        workers: loader processes; 0 loads in this process.
+        prefetch: batches that each process keeps ready.
+        pin_memory: stage batches for asynchronous copies to a GPU.
+    """
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=prefetch if workers else None,
+        pin_memory=pin_memory,
+        worker_init_fn=_one_thread if workers else None,
+        multiprocessing_context=_start_method() if workers else None,
+    )
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+def _start_method() -> str:
+    """Fork where it is safe: it starts workers in milliseconds. A process that holds a CUDA context must not fork
+    children that touch CUDA; ours never do."""
+    return "fork" if hasattr(os, "fork") else "spawn"

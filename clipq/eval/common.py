@@ -1,0 +1,136 @@
+"""What evaluators share: the model as an encoder, results, and images kept as examples."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from clipq.data.evalset import EvalStream, Source
+from clipq.data.loader import Tokenizer, make_loader
+from clipq.dist.env import DistEnv
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A CLIP model seen as two functions to unit-norm features, with all that they need."""
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    transform: Callable[[Image.Image], Tensor]
+    """OpenCLIP's evaluation transform: PIL image -> normalised [3, H, W]."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    env: DistEnv
+    autocast: torch.dtype | None = None
+    """Autocast to this dtype; None computes in the weights' own."""
+    batch_size: int = 256
+    workers: int = 1
+
+    def images(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] on any device -> [B, D] fp32, unit norm, on the model's device."""
+        with self._autocast():
+            features = self.model.encode_image(images.to(self.env.device, non_blocking=True))  # pyright: ignore[reportCallIssue]
+        return F.normalize(features.float(), dim=-1)
+
+    def texts(self, texts: list[str]) -> Tensor:
+        """N strings -> [N, D] fp32, unit norm, on the model's device; encoded `batch_size` at a time."""
+        parts = []
+        for first in range(0, len(texts), self.batch_size):
+            tokens = self.tokenizer(texts[first : first + self.batch_size]).to(self.env.device)
+            with self._autocast():
+                parts.append(self.model.encode_text(tokens).float())  # pyright: ignore[reportCallIssue]
+        return F.normalize(torch.cat(parts), dim=-1)
+
+    def batches(self, source: Source) -> Iterator[dict[str, Any]]:
+        """This rank's share of a source, in batches, as `EvalStream` yields them."""
+        stream = EvalStream(source, self.transform, self.batch_size, self.env.rank, self.env.world_size)
+        pin = self.env.device.type == "cuda"
+        yield from make_loader(stream, workers=self.workers, pin_memory=pin)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(
+            self.env.device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None
+        )
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Eval mode, no gradients, eager: the shapes here would make torch.compile compile again."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            self.model.train(training)
+
+
+@dataclass
+class EvalResult:
+    """What an evaluator found."""
+
+    task: str
+    kind: str
+    metrics: dict[str, float]
+    examples: list[dict[str, Any]] = field(default_factory=list)
+    """{"image": data URI of a PNG, "truth": str, "best": [[caption, score], …]} of some images; on rank 0 only."""
+
+    def write_examples(self, folder: Path, step: int) -> None:
+        """Writes `<folder>/<task>.json` in place of an older one."""
+        folder.mkdir(parents=True, exist_ok=True)
+        record = {"task": self.task, "step": step, "kind": self.kind, "examples": self.examples}
+        part = folder / f".{self.task}.json.part"
+        part.write_text(json.dumps(record))
+        os.replace(part, folder / f"{self.task}.json")
+
+
+class Evaluator(Protocol):
+    """One evaluation task. `run` is called on every rank and returns the same metrics on every rank."""
+
+    task: str
+
+    def run(self, encoder: Encoder) -> EvalResult: ...
+
+
+class ExampleKeeper:
+    """A uniform random choice of `count` images of a stream of unknown length (reservoir sampling), the same each time."""
+
+    def __init__(self, count: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        self.count = count
+        self._mean, self._std = mean, std
+        self._rng = random.Random(0)
+        self._seen = 0
+        self._kept: list[tuple[Tensor, Any]] = []
+
+    def offer(self, images: Tensor, notes: Callable[[int], Any]) -> None:
+        """Considers a batch of normalised images; `notes(i)` is asked for only where image i is kept."""
+        for i in range(images.shape[0]):
+            slot = self._seen if self._seen < self.count else self._rng.randint(0, self._seen)
+            self._seen += 1
+            if slot < self.count:
+                entry = (images[i].clone(), notes(i))
+                self._kept[slot : slot + 1] = [entry]
+
+    def kept(self) -> list[tuple[str, Any]]:
+        """(data URI of a PNG, notes) of the images kept."""
+        return [(self._data_uri(image), note) for image, note in self._kept]
+
+    def _data_uri(self, image: Tensor) -> str:
+        shape = (-1, 1, 1)
+        rgb = image.cpu() * torch.tensor(self._std).view(shape) + torch.tensor(self._mean).view(shape)
+        array = (rgb.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        buffer = io.BytesIO()
+        Image.fromarray(array).save(buffer, format="PNG")
+        return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

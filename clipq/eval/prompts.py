@@ -1,0 +1,74 @@
+"""Class names and prompt templates, from files or from OpenCLIP's lists."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
+
+CLASSNAMES = {"openclip:imagenet": IMAGENET_CLASSNAMES}
+TEMPLATES = {"openclip:imagenet": OPENAI_IMAGENET_TEMPLATES, "openclip:simple": SIMPLE_IMAGENET_TEMPLATES}
+
+
+def read_classnames(where: str) -> list[str]:
+    """Class names from a file, a name a line (line n, from 0, names class n), or from `CLASSNAMES`.
+
+    Raises:
+        FileNotFoundError: neither a file nor a known list.
+        ValueError: no names, a blank line between names, or a name twice.
+    """
+    names = list(CLASSNAMES[where]) if where in CLASSNAMES else _lines(where, list(CLASSNAMES))
+    blank = [n for n, name in enumerate(names) if not name]
+    if blank:
+        raise ValueError(f"{where}: line {blank[0] + 1} is blank, but line n names class n")
+    return names
+
+
+def read_templates(where: str) -> list[str]:
+    """Templates from a file, one a line, or from `TEMPLATES`; each holds one `{}` for the class name.
+
+    `{c}`, as in the field's benchmark files, is read as `{}`.
+
+    Raises:
+        FileNotFoundError: neither a file nor a known list.
+        ValueError: a template without a place for the class name.
+    """
+    if where in TEMPLATES:
+        return [make("{}") for make in TEMPLATES[where]]
+    templates = [line.replace("{c}", "{}") for line in _lines(where, list(TEMPLATES)) if line]
+    for number, template in enumerate(templates):
+        if template.count("{}") < 1:
+            raise ValueError(f"{where}: template {number + 1}, {template!r}, has no {{}} for the class name")
+    return templates
+
+
+def prompts(classname: str, templates: Sequence[str]) -> list[str]:
+    """A sentence for each template."""
+    return [t.replace("{}", classname) for t in templates]
+
+
+def subset_indices(where: str, classnames: Sequence[str]) -> list[int]:
+    """Class numbers of the names in a file.
+
+    Raises:
+        ValueError: a name that is no class.
+    """
+    index = {name: n for n, name in enumerate(classnames)}
+    names = read_classnames(where)
+    unknown = [n for n in names if n not in index]
+    if unknown:
+        raise ValueError(f"{where}: {unknown[0]!r} is not one of the {len(classnames)} class names")
+    return [index[n] for n in names]
+
+
+def _lines(where: str, known: list[str]) -> list[str]:
+    path = Path(where).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"{where}: no such file; expected a text file or one of {', '.join(known)}")
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    while lines and not lines[-1]:
+        lines.pop()
+    if not lines:
+        raise ValueError(f"{where}: the file is empty")
+    return lines

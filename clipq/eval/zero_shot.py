@@ -1,0 +1,122 @@
+"""Zero-shot classification (Radford et al. 2021): the class whose prompts lie nearest to the image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipq.data.evalset import Source
+from clipq.dist.gather import gather_rows
+from clipq.eval.common import Encoder, EvalResult, ExampleKeeper
+from clipq.eval.prompts import prompts
+
+
+def build_classifier(encoder: Encoder, classnames: list[str], templates: list[str]) -> Tensor:
+    """Weights of the zero-shot classifier, [classes, D] fp32, unit norm; classes are shared out over the ranks.
+
+    A class is the normalised mean of the unit-norm features of its prompts.
+    """
+    env = encoder.env
+    mine = list(range(env.rank, len(classnames), env.world_size))
+    features = []
+    at_a_time = max(1, encoder.batch_size // len(templates))
+    for first in range(0, len(mine), at_a_time):
+        chosen = mine[first : first + at_a_time]
+        texts = [t for c in chosen for t in prompts(classnames[c], templates)]
+        features.append(encoder.texts(texts).view(len(chosen), len(templates), -1).mean(1))
+    width = features[0].shape[1] if features else int(encoder.texts(["a"]).shape[1])
+    weights = torch.cat(features) if features else torch.empty(0, width, device=env.device)
+    everyone = gather_rows(F.normalize(weights, dim=-1))
+    numbers = gather_rows(torch.tensor(mine, device=env.device, dtype=torch.long))
+    return everyone[numbers.argsort()]
+
+
+@dataclass
+class ZeroShot:
+    """Top-1, top-5 and mean per-class accuracy over all classes, and top-1 on subsets of classes."""
+
+    task: str
+    source: Source
+    classnames: list[str]
+    templates: list[str]
+    subsets: dict[str, list[int]] = field(default_factory=dict)
+    """Name -> class numbers; images of these classes are scored against all classes."""
+    examples: int = 0
+
+    def run(self, encoder: Encoder) -> EvalResult:
+        """Metrics: top1, top5, mean_per_class, `<subset>_top1`, all in [0, 1]; chance, images, failed.
+
+        Raises:
+            ValueError: a class number outside the class names, or no image at all.
+        """
+        with encoder.evaluating():
+            weights_CD = build_classifier(encoder, self.classnames, self.templates)
+            n = len(self.classnames)
+            device = encoder.env.device
+            # per class: images, right at 1, right within 5; one row more, of which the first entry counts faults
+            counts = torch.zeros(4, n, dtype=torch.long, device=device)
+            keeper = ExampleKeeper(self.examples if encoder.env.is_main else 0, encoder.mean, encoder.std)
+            for batch in encoder.batches(self.source):
+                counts[3, 0] += batch["failed"]
+                if not batch["target"]:
+                    continue
+                labels = self._labels(batch["target"]).to(device)
+                logits_BC = encoder.images(batch["image"]) @ weights_CD.T
+                best = logits_BC.topk(min(5, n), dim=1).indices
+                right = best == labels[:, None]
+                ones = torch.ones_like(labels)
+                counts[0].index_add_(0, labels, ones)
+                counts[1].index_add_(0, labels, right[:, 0].long())
+                counts[2].index_add_(0, labels, right.any(1).long())
+                self._offer(keeper, batch["image"], labels, logits_BC)
+            if encoder.env.is_distributed:
+                dist.all_reduce(counts)
+        return EvalResult(self.task, "zero_shot", self._metrics(counts.cpu()), self._examples(keeper))
+
+    def _labels(self, target: list[int]) -> Tensor:
+        labels = torch.tensor(target, dtype=torch.long)
+        if int(labels.min()) < 0 or int(labels.max()) >= len(self.classnames):
+            raise ValueError(
+                f"evaluation {self.task}: an image has class {int(labels.max())}, but there are "
+                f"{len(self.classnames)} class names; are they of another data set?"
+            )
+        return labels
+
+    def _metrics(self, counts: Tensor) -> dict[str, float]:
+        images, top1, top5 = (c.double() for c in counts[:3])
+        total = images.sum().item()
+        if total == 0:
+            raise ValueError(f"evaluation {self.task}: no image could be read")
+        occurs = images > 0
+        metrics = {
+            "top1": top1.sum().item() / total,
+            "top5": top5.sum().item() / total,
+            "mean_per_class": (top1[occurs] / images[occurs]).mean().item(),
+            "chance": 1 / len(self.classnames),
+            "images": int(total),
+            "failed": int(counts[3, 0]),
+        }
+        if len(self.classnames) <= 5:
+            del metrics["top5"]  # it would be 1 whatever the model
+        for name, classes in self.subsets.items():
+            of_subset = images[classes].sum().item()
+            if of_subset == 0:
+                raise ValueError(f"evaluation {self.task}: no image belongs to a class of subset {name}")
+            metrics[f"{name}_top1"] = top1[classes].sum().item() / of_subset
+        return metrics
+
+    def _offer(self, keeper: ExampleKeeper, images: Tensor, labels: Tensor, logits: Tensor) -> None:
+        if keeper.count:
+            keeper.offer(images, lambda i: (int(labels[i]), logits[i].cpu()))
+
+    def _examples(self, keeper: ExampleKeeper) -> list[dict]:
+        examples = []
+        for uri, (label, logits) in keeper.kept():
+            scores, classes = logits.topk(min(5, len(self.classnames)))
+            best = [[self.classnames[c], s] for c, s in zip(classes.tolist(), scores.tolist(), strict=True)]
+            examples.append({"image": uri, "truth": self.classnames[label], "best": best})
+        return examples

@@ -1,0 +1,333 @@
+"""Reads run folders: what `clipq-train` wrote, as arrays and plain values.
+
+A run folder may be read at any moment: while it is written, after a kill that left half a line, after a resume
+that wrote some steps again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+METRICS = "metrics.jsonl"
+COLUMNS = (
+    "step",
+    "samples",
+    "seconds",
+    "loss",
+    "lr",
+    "logit_scale",
+    "grad_norm",
+    "images_per_second",
+    "data_wait",
+    "memory_gib",
+    "mfu",
+)
+
+
+class RunError(ValueError):
+    """A path is not a run folder, or the run has nothing to report; the message says how to mend it."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of one task."""
+
+    step: int
+    seconds: float
+    """Training wall time since the run began, NaN where it was not written."""
+    metrics: dict[str, float]
+    """Shares in [0, 1] (`top1`, `chance`, `image_to_text_r1`, …) and counts (`images`, `texts`)."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One evaluated image."""
+
+    image: str
+    """A `data:` URI, as found: not yet checked."""
+    truth: tuple[str, ...]
+    """Every caption that would be right."""
+    best: tuple[tuple[str, float], ...]
+    """The captions that the model finds most probable with their scores, best first."""
+
+
+@dataclass(frozen=True)
+class ExampleSet:
+    """What `examples/<task>.json` holds."""
+
+    task: str
+    step: int | None
+    kind: str
+    examples: tuple[Example, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder."""
+
+    path: Path
+    name: str
+    train: dict[str, np.ndarray]
+    """One float64 array [rows] for each of `COLUMNS`, in the order of steps; NaN where a row lacks the value."""
+    evaluations: dict[str, tuple[Evaluation, ...]]
+    """For each task, in the order of steps."""
+    resumes: tuple[tuple[int, float], ...]
+    """(step, seconds) of each resume that the present curve went through."""
+    config: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    examples: tuple[ExampleSet, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What a reader of the report should know: lines that could not be read, losses that are not finite."""
+
+    @property
+    def last_step(self) -> int:
+        return int(self.train["step"][-1])
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Reads each run folder once, in the order given; runs of the same folder name are told apart by their parents.
+
+    Raises:
+        RunError: no path is given, a path is not a run folder, or a run has no training rows yet.
+    """
+    if not paths:
+        raise RunError("no run folder is given: name at least one, as in runs/my-run")
+    unique = list({path.resolve(): path for path in paths}.values())
+    names = _names([path.resolve() for path in unique])
+    return [read_run(path, name=name) for path, name in zip(unique, names, strict=True)]
+
+
+def read_run(path: Path, *, name: str | None = None) -> Run:
+    """Reads the run folder `path`; `name` defaults to the folder's.
+
+    Later rows win over earlier ones of the same step, and a resume at step n discards what was written beyond n: that
+    belongs to a curve that the run did not continue.
+
+    Raises:
+        RunError: `path` is not a run folder, or it has no training rows yet.
+    """
+    _require_run_folder(path)
+    log = _read_metrics(path / METRICS)
+    if log.count == 0:
+        raise RunError(
+            f"{path} has no training rows yet: its {METRICS} holds no readable line of kind 'train'. "
+            "Each training step writes one; try again once the run has begun"
+        )
+    train, notes = log.table(), log.notes()
+    config, config_notes = _read_config(path / "config.yaml")
+    environment, environment_notes = _read_object(path / "environment.json")
+    examples, example_notes = _read_examples(path / "examples")
+    return Run(
+        path=path,
+        name=name or path.resolve().name,
+        train=train,
+        evaluations=log.evaluation_table(),
+        resumes=tuple(log.resumes),
+        config=config,
+        environment=environment,
+        examples=examples,
+        notes=(*notes, *_loss_notes(train), *config_notes, *environment_notes, *example_notes),
+    )
+
+
+def _names(resolved: list[Path]) -> list[str]:
+    """The shortest tails of the paths, at most the whole, that differ from each other."""
+    for depth in range(1, max(len(path.parts) for path in resolved) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in resolved]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in resolved]
+
+
+def _require_run_folder(path: Path) -> None:
+    if not path.exists():
+        raise RunError(f"{path} does not exist: expected a run folder, as runs/<name> that clipq-train writes")
+    if not path.is_dir():
+        raise RunError(f"{path} is a file: expected the run folder that holds it, as runs/<name>")
+    if (path / METRICS).is_file():
+        return
+    inside = sorted(child.parent.name for child in path.glob(f"*/{METRICS}"))
+    hint = f"; it holds {len(inside)} of them ({', '.join(inside[:5])}{', …' if len(inside) > 5 else ''}): name those"
+    raise RunError(
+        f"{path} is not a run folder: it has no {METRICS}. A run folder is runs/<name>, where clipq-train writes "
+        f"{METRICS}, config.yaml and checkpoints/{hint if inside else ''}"
+    )
+
+
+class _Log:
+    """What has been read of one metrics file so far."""
+
+    def __init__(self) -> None:
+        self.columns: dict[str, list[float]] = {column: [] for column in COLUMNS}
+        self.cuts: list[tuple[int, int]] = []  # (rows before the resume, step of the resume)
+        self.resumes: list[tuple[int, float]] = []
+        self.evaluations: dict[tuple[str, int], Evaluation] = {}
+        self.broken: list[int] = []
+
+    @property
+    def count(self) -> int:
+        return len(self.columns["step"])
+
+    def add(self, row: dict[str, Any]) -> bool:
+        """Takes one row in; False where the row is not one that clipq writes."""
+        kind, step = row.get("kind"), row.get("step")
+        if not isinstance(kind, str) or not isinstance(step, int) or isinstance(step, bool):
+            return False
+        if kind == "train":
+            for column, values in self.columns.items():
+                values.append(_number(row.get(column)))
+        elif kind == "resume":
+            self._resume(step, _number(row.get("seconds")))
+        elif kind == "eval":
+            task, metrics = row.get("task"), row.get("metrics")
+            if not isinstance(task, str) or not isinstance(metrics, dict):
+                return False
+            numbers = {str(k): _number(v) for k, v in metrics.items() if isinstance(v, int | float)}
+            self.evaluations[task, step] = Evaluation(step, _number(row.get("seconds")), numbers)
+        return True  # a kind that this version does not know is no fault of the file
+
+    def _resume(self, step: int, seconds: float) -> None:
+        self.cuts.append((self.count, step))
+        self.resumes = [(s, t) for s, t in self.resumes if s <= step] + [(step, seconds)]
+        self.evaluations = {key: e for key, e in self.evaluations.items() if e.step <= step}
+
+    def table(self) -> dict[str, np.ndarray]:
+        arrays = {column: np.asarray(values, np.float64) for column, values in self.columns.items()}
+        step = arrays["step"]
+        alive = np.ones(len(step), bool)
+        for rows, at in self.cuts:
+            alive[:rows] &= step[:rows] <= at
+        if not alive.any():  # resumed before the first step was written again: the old rows say more than none
+            alive[:] = True
+        arrays = {column: values[alive] for column, values in arrays.items()}
+        # np.unique reports the first occurrence: of the reversed steps that is the row written last.
+        _, first = np.unique(arrays["step"][::-1], return_index=True)
+        last = len(arrays["step"]) - 1 - first
+        return {column: values[last] for column, values in arrays.items()}
+
+    def evaluation_table(self) -> dict[str, tuple[Evaluation, ...]]:
+        tasks: dict[str, list[Evaluation]] = {}
+        for (task, _), evaluation in self.evaluations.items():
+            tasks.setdefault(task, []).append(evaluation)
+        return {task: tuple(sorted(tasks[task], key=lambda e: e.step)) for task in sorted(tasks)}
+
+    def notes(self) -> list[str]:
+        if not self.broken:
+            return []
+        where = ", ".join(str(n) for n in self.broken[:5]) + (", …" if len(self.broken) > 5 else "")
+        lines = "1 line" if len(self.broken) == 1 else f"{len(self.broken)} lines"
+        return [f"{lines} of {METRICS} could not be read and {_were(self.broken)} left out (line {where})"]
+
+
+def _were(things: list[int]) -> str:
+    return "was" if len(things) == 1 else "were"
+
+
+def _number(value: Any) -> float:
+    """A JSON value as a float; NaN for null and for what is no number."""
+    try:
+        return float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:  # an integer beyond the range of a float
+        return math.nan
+
+
+def _read_metrics(path: Path) -> _Log:
+    log = _Log()
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            ended = line.endswith("\n")
+            known = [log.add(row) for row in _rows(line)]
+            # A last line without its end is one that is being written, or that a kill cut: no fault worth a note.
+            if not (known and all(known)) and ended:
+                log.broken.append(number)
+    return log
+
+
+def _rows(line: str) -> Iterator[dict[str, Any]]:
+    """The row of a line. Where a kill cut a row and the resumed run went on in the same line, the row after the cut."""
+    starts = [0, line.rfind('{"kind"')]
+    for start in starts[: 1 if starts[1] <= 0 else 2]:
+        try:
+            row = json.loads(line[start:])
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            yield row
+        return
+
+
+def _loss_notes(train: dict[str, np.ndarray]) -> list[str]:
+    bad = train["step"][~np.isfinite(train["loss"])]
+    if not len(bad):
+        return []
+    return [f"the loss is not finite at {len(bad):,} of {len(train['step']):,} steps, first at step {int(bad[0]):,}"]
+
+
+def _read_object(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """A JSON object, empty where the file is absent; a note where it cannot be read."""
+    if not path.is_file():
+        return {}, []
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        return {}, [f"{path.name} could not be read: {error}"]
+    if not isinstance(value, dict):
+        return {}, [f"{path.name} could not be read: expected a JSON object"]
+    return value, []
+
+
+def _read_config(path: Path) -> tuple[dict[str, Any], list[str]]:
+    if not path.is_file():
+        return {}, []
+    # OmegaConf reads 1e-4 as a number, which plain YAML 1.1 does not; imported here so that --help stays quick.
+    from omegaconf import OmegaConf
+
+    try:
+        value = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # YAML and OmegaConf raise kinds that share no base
+        return {}, [f"{path.name} could not be read: {str(error).splitlines()[0] if str(error) else error!r}"]
+    if not isinstance(value, dict):
+        return {}, [f"{path.name} could not be read: expected settings, name: value"]
+    return {str(key): item for key, item in value.items()}, []
+
+
+def _read_examples(folder: Path) -> tuple[tuple[ExampleSet, ...], list[str]]:
+    sets: list[ExampleSet] = []
+    notes: list[str] = []
+    for path in sorted(folder.glob("*.json")):
+        value, problems = _read_object(path)
+        notes += [f"examples/{problem}" for problem in problems]
+        try:
+            if value:
+                sets.append(_example_set(value, task=path.stem))
+        except (KeyError, TypeError, ValueError) as error:
+            notes.append(f"examples/{path.name} could not be read: {type(error).__name__}: {error}")
+    return tuple(sets), notes
+
+
+def _example_set(value: dict[str, Any], *, task: str) -> ExampleSet:
+    step = value.get("step")
+    return ExampleSet(
+        task=str(value.get("task", task)),
+        step=step if isinstance(step, int) else None,
+        kind=str(value.get("kind", "")),
+        examples=tuple(_example(item) for item in value["examples"]),
+    )
+
+
+def _example(item: dict[str, Any]) -> Example:
+    truth = item["truth"]
+    return Example(
+        image=str(item["image"]),
+        truth=tuple(str(t) for t in truth) if isinstance(truth, list) else (str(truth),),
+        best=tuple((str(caption), float(score)) for caption, score in item["best"]),
+    )
