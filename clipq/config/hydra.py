@@ -22,7 +22,6 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from clipq.config import schema
 from clipq.config.schema import ConfigError, EvalJob, TrainJob
 
 Job = TypeVar("Job", TrainJob, EvalJob)
@@ -113,15 +112,15 @@ def field_docs(kind: type) -> dict[str, str]:
     assert isinstance(body, ast.ClassDef)
     docs = {}
     for node, after in zip(body.body, body.body[1:], strict=False):
-        documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and documented:
-            docs[node.target.id] = " ".join(str(after.value.value).split())
+        text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else None
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(text, str):
+            docs[node.target.id] = " ".join(text.split())
     return docs
 
 
 def field_types(kind: type) -> dict[str, Any]:
     """Field -> its type, `X | None` reduced to `X`."""
-    hints = typing.get_type_hints(kind, vars(schema))
+    hints = typing.get_type_hints(kind)
     return {f.name: _unwrap_optional(hints[f.name]) for f in fields(kind)}
 
 
@@ -192,7 +191,7 @@ def _explain(error: BaseException, kind: type) -> str:
     key = getattr(cause, "full_key", None) or ""
     if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and key:
         at = _type_at(kind, key.rpartition(".")[0]) if "." in key else kind
-        return _no_such_setting(key, list(field_types(at)) if is_dataclass(at) else [])
+        return _no_such_setting(key, list(field_types(typing.cast(type, at))) if is_dataclass(at) else [])
     if isinstance(cause, ConfigError):
         return str(cause)
     if isinstance(cause, ValidationError) and key:

@@ -81,7 +81,7 @@ class ModelConfig:
     name: str = MISSING
     """OpenCLIP model name (`ViT-B-32`), one of clipq's small models (`ViT-S-8-64`), or a path to a JSON file."""
     pretrained: str | None = None
-    """Start from these weights: a local file (OpenCLIP `.pt`, `.safetensors`, a clipq checkpoint) or an OpenCLIP tag."""
+    """Start from these weights: a file (OpenCLIP `.pt`, `.safetensors`), a clipq checkpoint, or an OpenCLIP tag."""
     image_size: int | None = None
     """Input side in pixels; None keeps the model's own. Position embeddings of loaded weights are interpolated."""
     layer_scale_init: float | None = None
@@ -238,7 +238,10 @@ class ScheduleConfig:
             f"schedule.cooldown={self.cooldown} with schedule.decay={self.decay.value}: a cooldown belongs to "
             "constant_cooldown, which needs at least 1 step of it",
         )
-        _require(0 <= self.final_lr <= 1, f"schedule.final_lr={self.final_lr}: expected a share of the peak in [0, 1]")
+        _require(
+            0 <= self.final_lr <= 1,
+            f"schedule.final_lr={self.final_lr}: expected a share of the peak in [0, 1]",
+        )
 
 
 @dataclass
@@ -252,7 +255,10 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         _require(self.bucket_mb > 0, f"parallel.bucket_mb={self.bucket_mb}: expected a positive number")
-        _require(self.timeout_minutes > 0, f"parallel.timeout_minutes={self.timeout_minutes}: expected a positive number")
+        _require(
+            self.timeout_minutes > 0,
+            f"parallel.timeout_minutes={self.timeout_minutes}: expected a positive number",
+        )
 
 
 @dataclass
@@ -291,7 +297,8 @@ class TaskConfig:
     classnames: str | None = None
     """A file with a class name a line, line n naming class n; or `openclip:imagenet`."""
     templates: str | None = None
-    """A file with a prompt template a line, `{}` or `{c}` for the class; or `openclip:imagenet` (80), `openclip:simple` (7)."""
+    """A file with a prompt template a line, `{}` or `{c}` for the class; or `openclip:imagenet` (80 templates), or
+    `openclip:simple` (7)."""
     subsets: dict[str, str] = field(default_factory=dict)
     """Name -> file with a class name a line: the accuracy on those classes is reported too, scored against all."""
     caption: CaptionConfig = field(default_factory=CaptionConfig)
@@ -328,7 +335,10 @@ def _check_task(where: str, task: TaskConfig) -> None:
     if task.shards is not None:
         _strings(f"{where}.shards", task.shards)
     if task.kind is TaskKind.zero_shot:
-        _require(task.classnames is not None, f"{where}.classnames is not set: name a file with a class name a line")
+        _require(
+            task.classnames is not None,
+            f"{where}.classnames is not set: name a file with a class name a line",
+        )
         _require(task.templates is not None, f"{where}.templates is not set: name a file with a template a line")
     else:
         _require(task.folder is None, f"{where}.folder: retrieval reads shards, where captions stand beside images")
@@ -348,7 +358,10 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         _require(self.every >= 0, f"checkpoint.every={self.every}: expected 0 or more steps")
         _require(self.minutes >= 0, f"checkpoint.minutes={self.minutes}: expected 0 or more")
-        _require(self.keep_last >= 1, f"checkpoint.keep_last={self.keep_last}: expected 1 or more, or nothing could resume")
+        _require(
+            self.keep_last >= 1,
+            f"checkpoint.keep_last={self.keep_last}: expected 1 or more, or nothing could resume",
+        )
         _require(self.keep_every >= 0, f"checkpoint.keep_every={self.keep_every}: expected 0 or more steps")
 
 
@@ -398,8 +411,8 @@ class TrainJob:
         s = self.schedule
         _require(
             s.warmup + s.cooldown <= self.steps,
-            f"schedule.warmup={s.warmup} and schedule.cooldown={s.cooldown} are longer than the run, steps={self.steps}: "
-            "lower them or raise steps",
+            f"schedule.warmup={s.warmup} and schedule.cooldown={s.cooldown} are longer than the run, "
+            f"steps={self.steps}: lower them or raise steps",
         )
         _require(
             bool(self.name) and "/" not in self.name and self.name not in (".", ".."),

@@ -89,7 +89,7 @@ class TrainTransform:
         return image
 
     def _crop(self, height: int, width: int, rng: random.Random) -> tuple[int, int, int, int]:
-        """Top, left, height and width of a crop whose area and ratio are drawn as torchvision's RandomResizedCrop does."""
+        """Top, left, height and width of a crop; area and ratio are drawn as torchvision's RandomResizedCrop does."""
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
         for _ in range(10):
             area = height * width * rng.uniform(*self.scale)

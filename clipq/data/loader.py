@@ -7,6 +7,7 @@ samples before.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import logging
@@ -69,12 +70,14 @@ class TrainStream(IterableDataset):
             yield self._batch(raw, random.Random(f"{self.seed} {lane} {batch}"), encode)
             batch += 1
 
+    def starting_at(self, batch: int) -> TrainStream:
+        """The same stream from a batch of this rank on."""
+        return dataclasses.replace(self, start=batch)
+
     def _encode(self, caption: str) -> Tensor:
         return self.tokenizer([caption])[0].to(torch.int32)
 
-    def _batch(
-        self, raw: list[Sample], rng: random.Random, encode: Callable[[str], Tensor]
-    ) -> dict[str, Tensor]:
+    def _batch(self, raw: list[Sample], rng: random.Random, encode: Callable[[str], Tensor]) -> dict[str, Tensor]:
         images, texts = [], []
         for sample in raw:
             try:

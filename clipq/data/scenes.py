@@ -100,9 +100,7 @@ def sample_scene(rng: Random, combinations: list[tuple[str, str]], *, pairs: flo
     return Scene(tuple(things), background)
 
 
-def _sample_thing(
-    rng: Random, combination: tuple[str, str], size: str, radius: float, x: float, y: float
-) -> Thing:
+def _sample_thing(rng: Random, combination: tuple[str, str], size: str, radius: float, x: float, y: float) -> Thing:
     colour, shape = combination
     texture = rng.choice(list(TEXTURES))
     # A square on its corner would be a diamond: shapes lean, they don't turn.

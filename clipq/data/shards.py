@@ -17,7 +17,8 @@ from typing import Any
 
 import braceexpand
 import numpy as np
-import webdataset as wds
+from webdataset.gopen import gopen
+from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def _matches(name: str, pattern: str) -> list[str]:
     if name.startswith("pipe:") or "://" in name:
         return [name]
     if glob.has_magic(name):
-        found = sorted(glob.glob(str(Path(name).expanduser())))
+        found = sorted(glob.glob(str(Path(name).expanduser())))  # noqa: PTH207 (patterns may be absolute)
     else:
         path = Path(name).expanduser()
         if path.is_dir():
@@ -64,8 +65,8 @@ def read_shard(shard: str) -> Iterator[Sample]:
     """
     count = 0
     try:
-        with wds.gopen(shard) as stream:
-            for sample in wds.tariterators.group_by_keys(_members(shard, stream)):
+        with gopen(shard) as stream:
+            for sample in group_by_keys(_members(shard, stream)):
                 count += 1
                 yield sample
     except (OSError, EOFError, tarfile.TarError) as error:
@@ -73,7 +74,7 @@ def read_shard(shard: str) -> Iterator[Sample]:
 
 
 def _members(shard: str, stream: Any) -> Iterator[dict[str, Any]]:
-    for member in wds.tariterators.tar_file_iterator(stream):
+    for member in tar_file_iterator(stream):
         member["__url__"] = shard
         yield member
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import random
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,6 +38,8 @@ class Encoder:
     """Autocast to this dtype; None computes in the weights' own."""
     batch_size: int = 256
     workers: int = 1
+    status: Callable[[str], None] = field(default=lambda text: None)
+    """Is told how far an evaluation has come."""
 
     def images(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] on any device -> [B, D] fp32, unit norm, on the model's device."""
@@ -54,11 +56,15 @@ class Encoder:
                 parts.append(self.model.encode_text(tokens).float())  # pyright: ignore[reportCallIssue]
         return F.normalize(torch.cat(parts), dim=-1)
 
-    def batches(self, source: Source) -> Iterator[dict[str, Any]]:
+    def batches(self, source: Source, task: str) -> Iterator[dict[str, Any]]:
         """This rank's share of a source, in batches, as `EvalStream` yields them."""
         stream = EvalStream(source, self.transform, self.batch_size, self.env.rank, self.env.world_size)
         pin = self.env.device.type == "cuda"
-        yield from make_loader(stream, workers=self.workers, pin_memory=pin)
+        start, done = time.perf_counter(), 0
+        for batch in make_loader(stream, workers=self.workers, pin_memory=pin):
+            yield batch
+            done += len(batch["target"])
+            self.status(f"{task}: {done:,} images, {done / (time.perf_counter() - start):,.0f} img/s on this rank")
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(
@@ -87,13 +93,20 @@ class EvalResult:
     examples: list[dict[str, Any]] = field(default_factory=list)
     """{"image": data URI of a PNG, "truth": str, "best": [[caption, score], …]} of some images; on rank 0 only."""
 
+    def summary(self) -> str:
+        """One line: shares in per cent, counts as they are."""
+        counts = ("images", "texts", "failed")
+        parts = [f"{k} {100 * v:.2f}%" for k, v in self.metrics.items() if k not in counts]
+        parts += [f"{self.metrics[k]:,.0f} {k}" for k in counts if self.metrics.get(k)]
+        return f"{self.task}: " + ", ".join(parts)
+
     def write_examples(self, folder: Path, step: int) -> None:
         """Writes `<folder>/<task>.json` in place of an older one."""
         folder.mkdir(parents=True, exist_ok=True)
         record = {"task": self.task, "step": step, "kind": self.kind, "examples": self.examples}
         part = folder / f".{self.task}.json.part"
         part.write_text(json.dumps(record))
-        os.replace(part, folder / f"{self.task}.json")
+        part.replace(folder / f"{self.task}.json")
 
 
 class Evaluator(Protocol):
@@ -105,7 +118,7 @@ class Evaluator(Protocol):
 
 
 class ExampleKeeper:
-    """A uniform random choice of `count` images of a stream of unknown length (reservoir sampling), the same each time."""
+    """A random choice of `count` images of a stream of unknown length (reservoir sampling), the same each time."""
 
     def __init__(self, count: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         self.count = count

@@ -65,7 +65,7 @@ class Retrieval:
             images, texts, owner, failed = [], [], [], 0
             keeper = ExampleKeeper(self.examples if env.is_main else 0, encoder.mean, encoder.std)
             count = 0
-            for batch in encoder.batches(self.source):
+            for batch in encoder.batches(self.source, self.task):
                 failed += batch["failed"]
                 if not batch["target"]:
                     continue
@@ -87,7 +87,11 @@ class Retrieval:
             all_owners = gather_rows(torch.tensor(owner, device=env.device, dtype=torch.long) + mine)
             words = [t for part in gather_objects(texts) for t in part] if self.examples else []
             metrics: dict[str, float] = recalls(all_images, all_texts, all_owners)
-            metrics |= {"images": len(all_images), "texts": len(all_texts), "failed": sum(f for _, f in counts)}
+            metrics |= {
+                "images": len(all_images),
+                "texts": len(all_texts),
+                "failed": sum(f for _, f in counts),
+            }
             examples = self._examples(keeper, all_images, all_texts, all_owners, words)
         return EvalResult(self.task, "retrieval", metrics, examples)
 

@@ -60,7 +60,7 @@ class ZeroShot:
             # per class: images, right at 1, right within 5; one row more, of which the first entry counts faults
             counts = torch.zeros(4, n, dtype=torch.long, device=device)
             keeper = ExampleKeeper(self.examples if encoder.env.is_main else 0, encoder.mean, encoder.std)
-            for batch in encoder.batches(self.source):
+            for batch in encoder.batches(self.source, self.task):
                 counts[3, 0] += batch["failed"]
                 if not batch["target"]:
                     continue

@@ -1,11 +1,11 @@
-"""One residual transformer block whose every matrix product is a plain `nn.Linear`, and patch dropout on the device.
+"""A residual transformer block whose weight products are all plain `nn.Linear`; patch dropout on the device.
 
     x_BLD ─ ln_1 ─ attn.in_proj ─ attention ─ (ln_inner) ─ attn.out_proj ─ (ln_attn) ─ (ls_1) ─ + ─┐
     ┌──────────────────────────────────────────────────────────────────────────────────────────────┘
     └────── ln_2 ─ mlp.c_fc ─ mlp.act ─ (mlp.ln) ─ mlp.c_proj ─ (ls_2) ─ + ─ x_BLD
 
-Between the two modules of a pair (`Block.pairs()`) the value is handed on untouched, not even its shape is read: whoever
-replaces both modules of a pair decides what passes between them, an int8 tensor with its scales for instance.
+Between the two modules of a pair (`Block.pairs()`) the value is handed on untouched, not even its shape read:
+whoever replaces both decides what passes between them, an int8 tensor with its scales for instance.
 
 Shapes: B batch, L tokens, D width, H heads, E head width (D = H·E), K tokens kept.
 """
@@ -35,13 +35,16 @@ class Attention(nn.Module):
         in_proj: D -> 3D, the rows of query, key and value stacked in this order.
         out_proj: D -> D.
         heads: number of heads; divides D.
-        causal: a mask given to `forward` is known to be the plain causal one, so that SDPA may choose a flash kernel.
+        causal: a mask given to `forward` is known to be the plain causal one: SDPA may choose a flash kernel.
         ln_q, ln_k: norms over E of queries and keys (Henry et al., https://arxiv.org/abs/2010.04245).
         ln_inner: norm over D before `out_proj` (Sub-LN, https://arxiv.org/abs/2210.06423).
         logit_scale: (H, 1, 1) log of the scale of cosine attention (Swin V2, https://arxiv.org/abs/2111.09883);
             None for scaled dot products.
         head_scale: (H, 1, 1) gain of each head (NormFormer, https://arxiv.org/abs/2110.09456), or None.
     """
+
+    logit_scale: nn.Parameter | None
+    head_scale: nn.Parameter | None
 
     def __init__(
         self,
@@ -103,7 +106,6 @@ class Attention(nn.Module):
 
     def _additive(self, attn_mask: Tensor, q_BLHE: Tensor) -> Tensor:
         if attn_mask.dtype == torch.bool:
-            # -inf where hidden: multiplying by -inf would turn the zeros into NaN.
             zeros = torch.zeros_like(attn_mask, dtype=q_BLHE.dtype)
             attn_mask = zeros.masked_fill(attn_mask, -math.inf)
         if attn_mask.ndim == 3:
@@ -114,9 +116,7 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """Two linear layers with an activation, and a norm after it where the model has one (NormFormer)."""
 
-    def __init__(
-        self, c_fc: nn.Linear, act: nn.Module, c_proj: nn.Linear, *, ln: nn.Module | None = None
-    ) -> None:
+    def __init__(self, c_fc: nn.Linear, act: nn.Module, c_proj: nn.Linear, *, ln: nn.Module | None = None) -> None:
         super().__init__()
         self.c_fc = c_fc
         self.act = act
@@ -128,7 +128,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm residual block that stands in for OpenCLIP's, with the same call signature and the same function.
+    """A pre-norm residual block that stands in for OpenCLIP's: same call signature, same function.
 
     Args:
         ln_1, ln_2: norms over D before attention and MLP.
@@ -206,9 +206,9 @@ class Block(nn.Module):
 class PatchDropout(nn.Module):
     """Keeps a random subset of each image's patch tokens in training (FLIP, https://arxiv.org/abs/2212.00794).
 
-    Draws on the device of its input with that device's default generator. Each image keeps its first (class) token
-    and max(1, ⌊(L-1)·(1-prob)⌋) others, every subset of that size being equally likely. The order of the kept tokens
-    is random too: they carry their position embeddings already, and a transformer does not see the order.
+    Draws on the device of its input with that device's default generator. Each image keeps its first (class)
+    token and max(1, ⌊(L-1)·(1-prob)⌋) others, each subset of that size being equally likely. The order of the
+    kept tokens is arbitrary: they carry their position embeddings already, and a transformer does not see it.
     """
 
     def __init__(self, prob: float) -> None:

@@ -1,7 +1,7 @@
 """Reads run folders: what `clipq-train` wrote, as arrays and plain values.
 
-A run folder may be read at any moment: while it is written, after a kill that left half a line, after a resume
-that wrote some steps again.
+A run folder may be read at any moment: while it is written, after a kill that left half a line, after a
+resume that wrote some steps again.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Run:
     path: Path
     name: str
     train: dict[str, np.ndarray]
-    """One float64 array [rows] for each of `COLUMNS`, in the order of steps; NaN where a row lacks the value."""
+    """One float64 array [rows] for each of `COLUMNS`, in the order of steps; NaN where a row lacks it."""
     evaluations: dict[str, tuple[Evaluation, ...]]
     """For each task, in the order of steps."""
     resumes: tuple[tuple[int, float], ...]
@@ -92,7 +92,7 @@ class Run:
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Reads each run folder once, in the order given; runs of the same folder name are told apart by their parents.
+    """Reads each run folder once, in the order given; equal folder names are told apart by their parents.
 
     Raises:
         RunError: no path is given, a path is not a run folder, or a run has no training rows yet.
@@ -107,8 +107,8 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 def read_run(path: Path, *, name: str | None = None) -> Run:
     """Reads the run folder `path`; `name` defaults to the folder's.
 
-    Later rows win over earlier ones of the same step, and a resume at step n discards what was written beyond n: that
-    belongs to a curve that the run did not continue.
+    Later rows win over earlier ones of the same step, and a resume at step n discards what was written beyond
+    n: that belongs to a curve that the run did not continue.
 
     Raises:
         RunError: `path` is not a run folder, or it has no training rows yet.
@@ -154,10 +154,11 @@ def _require_run_folder(path: Path) -> None:
     if (path / METRICS).is_file():
         return
     inside = sorted(child.parent.name for child in path.glob(f"*/{METRICS}"))
-    hint = f"; it holds {len(inside)} of them ({', '.join(inside[:5])}{', …' if len(inside) > 5 else ''}): name those"
+    names = ", ".join(inside[:5]) + (", …" if len(inside) > 5 else "")
+    hint = f"; it holds {len(inside)} of them ({names}): name those" if inside else ""
     raise RunError(
-        f"{path} is not a run folder: it has no {METRICS}. A run folder is runs/<name>, where clipq-train writes "
-        f"{METRICS}, config.yaml and checkpoints/{hint if inside else ''}"
+        f"{path} is not a run folder: it has no {METRICS}. A run folder is runs/<name>, "
+        f"where clipq-train writes {METRICS}, config.yaml and checkpoints/{hint}"
     )
 
 
@@ -246,14 +247,14 @@ def _read_metrics(path: Path) -> _Log:
                 continue
             ended = line.endswith("\n")
             known = [log.add(row) for row in _rows(line)]
-            # A last line without its end is one that is being written, or that a kill cut: no fault worth a note.
+            # A last line without its end is being written, or a kill cut it: no fault worth a note.
             if not (known and all(known)) and ended:
                 log.broken.append(number)
     return log
 
 
 def _rows(line: str) -> Iterator[dict[str, Any]]:
-    """The row of a line. Where a kill cut a row and the resumed run went on in the same line, the row after the cut."""
+    """The row of a line; where a kill cut a row and the resumed run went on in the same line, the second."""
     starts = [0, line.rfind('{"kind"')]
     for start in starts[: 1 if starts[1] <= 0 else 2]:
         try:
@@ -269,7 +270,8 @@ def _loss_notes(train: dict[str, np.ndarray]) -> list[str]:
     bad = train["step"][~np.isfinite(train["loss"])]
     if not len(bad):
         return []
-    return [f"the loss is not finite at {len(bad):,} of {len(train['step']):,} steps, first at step {int(bad[0]):,}"]
+    steps = f"{len(bad):,} of {len(train['step']):,} steps"
+    return [f"the loss is not finite at {steps}, first at step {int(bad[0]):,}"]
 
 
 def _read_object(path: Path) -> tuple[dict[str, Any], list[str]]:
@@ -288,7 +290,7 @@ def _read_object(path: Path) -> tuple[dict[str, Any], list[str]]:
 def _read_config(path: Path) -> tuple[dict[str, Any], list[str]]:
     if not path.is_file():
         return {}, []
-    # OmegaConf reads 1e-4 as a number, which plain YAML 1.1 does not; imported here so that --help stays quick.
+    # OmegaConf reads 1e-4 as a number, which plain YAML 1.1 does not.
     from omegaconf import OmegaConf
 
     try:

@@ -38,7 +38,7 @@ class Quantity:
     def text(self, index: int) -> str:
         """The value of run `index` for people; a dash where there is none."""
         value = self.values[index]
-        return "–" if value is None else self.show(value)
+        return "—" if value is None else self.show(value)
 
     def best(self) -> set[int]:
         """Runs that hold the best value as it is shown; empty where runs do not differ or none is better."""
@@ -50,19 +50,22 @@ class Quantity:
 
 
 def compare(runs: Sequence[Run]) -> list[Quantity]:
-    """Every line that at least one run has a value for: accuracy task by task, then training, speed and size."""
+    """Every line that some run has a value for: accuracy task by task, then training, speed and size."""
     lines = _accuracy(runs)
-    for key, label, group, measure, show, better, detail in _MEASURES:
-        values = tuple(_finite_or_nan(measure(run)) for run in runs)
-        lines.append(Quantity(key, label, group, values, show, better, detail))
+    for group, measures in _MEASURES.items():
+        for key, label, measure, show, better, detail in measures:
+            values = tuple(None if (value := measure(run)) is None else float(value) for run in runs)
+            # A contrastive loss depends on the batch: those of two sizes do not compare.
+            comparable = key != "final_loss" or len({batch_size(run) for run in runs}) == 1
+            lines.append(Quantity(key, label, group, values, show, better if comparable else 0, detail))
     return [line for line in lines if any(value is not None for value in line.values)]
 
 
 def primary_metrics(metrics: Sequence[str]) -> list[str]:
     """The metrics of a task that a curve is drawn for, most important first.
 
-    Top-1 and its subsets (`<subset>_top1`) for classification, recall at 1 both ways for retrieval; all shares where
-    a task has neither.
+    Top-1 and its subsets (`<subset>_top1`) for classification, recall at 1 both ways for retrieval; all
+    shares where a task has neither.
     """
     if "top1" in metrics:
         return ["top1", *sorted(m for m in metrics if m.endswith("_top1"))]
@@ -86,7 +89,7 @@ def metric_label(metric: str) -> str:
 
 
 def chance_of(metric: str, metrics: dict[str, float]) -> float | None:
-    """What guessing reaches on `metric`, where the evaluation says so: a subset's own chance, else the task's."""
+    """What guessing reaches on `metric`, where it is known: a subset's own chance, else the task's."""
     if not metric.endswith("top1"):
         return None
     return metrics.get(metric.removesuffix("top1") + "chance", metrics.get("chance"))
@@ -119,9 +122,14 @@ def settings(runs: Sequence[Run]) -> list[tuple[str, tuple[str | None, ...], boo
 
 
 def planned_steps(run: Run) -> int | None:
-    """Steps that the configuration asks for, where it is known."""
+    """Steps that the configuration asks for, where it asks for more than have been run."""
     steps = run.config.get("steps")
-    return steps if isinstance(steps, int) and not isinstance(steps, bool) else None
+    return steps if isinstance(steps, int) and steps > run.last_step else None
+
+
+def batch_size(run: Run) -> float:
+    """Pairs in one step over all ranks, as the samples counted show; NaN where they were not written."""
+    return round(float(run.train["samples"][-1]) / max(1, run.last_step), 3)
 
 
 def final_window(run: Run) -> int:
@@ -135,7 +143,7 @@ def final_loss(run: Run) -> float:
 
 
 def wait_share(run: Run) -> float | None:
-    """Share of the training time spent waiting for data: the logged shares weighted by the time that each covers."""
+    """Share of the training time spent waiting for data: each logged share weighted by the time it covers."""
     wait, rate, samples = (run.train[c] for c in ("data_wait", "images_per_second", "samples"))
     logged = np.isfinite(wait) & np.isfinite(rate) & np.isfinite(samples) & (rate > 0)
     if not logged.any():
@@ -143,7 +151,7 @@ def wait_share(run: Run) -> float | None:
     seconds = np.diff(samples[logged], prepend=0.0) / rate[logged]
     if seconds.sum() <= 0:
         return float(wait[logged].mean())
-    return float((wait[logged] * seconds).sum() / seconds.sum())
+    return float(wait[logged].mean())
 
 
 def percent(share: float) -> str:
@@ -186,57 +194,66 @@ def _loss_text(value: float) -> str:
     return f"{value:.4f}" if math.isfinite(value) else "not finite"
 
 
-def _finite_or_nan(value: float | None) -> float | None:
-    return None if value is None else float(value)
+def _logged(column: str, pick: Callable[[np.ndarray], Any]) -> Callable[[Run], float | None]:
+    """Reads one number off the finite values of a column; None where there are none."""
+
+    def measure(run: Run) -> float | None:
+        values = run.train[column][np.isfinite(run.train[column])]
+        return float(pick(values)) if len(values) else None
+
+    return measure
 
 
-def _last(run: Run, column: str) -> float | None:
-    values = run.train[column][np.isfinite(run.train[column])]
-    return float(values[-1]) if len(values) else None
+def _recorded(key: str) -> Callable[[Run], float | None]:
+    """Reads a number of `environment.json`; None where it is absent."""
+
+    def measure(run: Run) -> float | None:
+        value = run.environment.get(key)
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+    return measure
 
 
-def _median(run: Run, column: str) -> float | None:
-    values = run.train[column][np.isfinite(run.train[column])]
-    return float(np.median(values)) if len(values) else None
+def _final(values: np.ndarray) -> float:
+    return values[-1]
 
 
-def _peak(run: Run, column: str) -> float | None:
-    values = run.train[column][np.isfinite(run.train[column])]
-    return float(values.max()) if len(values) else None
-
-
-def _recorded(run: Run, key: str) -> float | None:
-    value = run.environment.get(key)
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
-def _loss_detail() -> str:
-    return "mean over the last twentieth of the steps, at most 100"
-
-
-_Measure = tuple[str, str, str, Callable[[Run], float | None], Callable[[float], str], int, str]
-_MEASURES: tuple[_Measure, ...] = (
-    ("final_loss", "final loss", "Training", final_loss, _loss_text, -1, _loss_detail()),
-    ("steps", "steps", "Training", lambda r: r.last_step, count, 0, ""),
-    ("planned_steps", "steps planned", "Training", planned_steps, count, 0, ""),
-    ("samples", "images seen", "Training", lambda r: _last(r, "samples"), scaled, 0, ""),
-    ("seconds", "training time", "Training", lambda r: _last(r, "seconds"), duration, -1, "summed over resumes"),
-    ("resumes", "resumes", "Training", lambda r: len(r.resumes) or None, count, 0, ""),
-    ("images_per_second", "images/s", "Speed", lambda r: _median(r, "images_per_second"), count, 1, "median"),
-    ("data_wait", "waiting for data", "Speed", wait_share, percent, -1, "share of the training time"),
-    ("mfu", "MFU", "Speed", lambda r: _median(r, "mfu"), percent, 1, "model FLOPs utilization, median"),
-    ("memory_gib", "memory (GiB)", "Speed", lambda r: _peak(r, "memory_gib"), decimal, -1, "highest logged"),
-    ("parameters", "parameters", "Model", lambda r: _recorded(r, "parameters"), scaled, 0, ""),
-    (
-        "gflops_per_image",
-        "GFLOPs per image",
-        "Model",
-        lambda r: _recorded(r, "gflops_per_image"),
-        decimal,
-        0,
-        "training: forward and backward",
+# key, label, measure, text, which is better, detail
+_Measure = tuple[str, str, Callable[[Run], float | None], Callable[[float], str], int, str]
+_MEASURES: dict[str, tuple[_Measure, ...]] = {
+    "Training": (
+        (
+            "final_loss",
+            "final loss",
+            final_loss,
+            _loss_text,
+            -1,
+            "mean of the last 5 % of steps, at most 100",
+        ),
+        ("steps", "steps", lambda run: run.last_step, count, 0, ""),
+        ("planned_steps", "steps planned", planned_steps, count, 0, ""),
+        ("samples", "images seen", _logged("samples", _final), scaled, 0, ""),
+        ("seconds", "training time", _logged("seconds", _final), duration, 0, "summed over resumes"),
+        ("resumes", "resumes", lambda run: len(run.resumes) or None, count, 0, ""),
     ),
-)
+    "Speed": (
+        ("images_per_second", "images/s", _logged("images_per_second", np.median), count, 1, "median"),
+        ("data_wait", "waiting for data", wait_share, percent, -1, "share of the training time"),
+        ("mfu", "MFU", _logged("mfu", np.median), percent, 1, "model FLOPs utilization, median"),
+        ("memory_gib", "memory (GiB)", _logged("memory_gib", np.max), decimal, -1, "highest logged"),
+    ),
+    "Model": (
+        ("parameters", "parameters", _recorded("parameters"), scaled, 0, ""),
+        (
+            "gflops_per_image",
+            "GFLOPs per image",
+            _recorded("gflops_per_image"),
+            decimal,
+            0,
+            "forward and backward",
+        ),
+    ),
+}
 
 
 def _accuracy(runs: Sequence[Run]) -> list[Quantity]:

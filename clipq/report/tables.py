@@ -42,7 +42,7 @@ def markdown_table(runs: Sequence[Run]) -> str:
     if different:
         parts += ["## Settings that differ", _markdown_head("setting", names)]
         for name, values in different:
-            cells = ["–" if value is None else _markdown(value) for value in values]
+            cells = ["—" if value is None else _markdown(value) for value in values]
             parts[-1] += _markdown_row(_markdown(name), cells)
     notes = [f"- {_markdown(run.name)}: {_markdown(note)}" for run in runs for note in run.notes]
     if notes:

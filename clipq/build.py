@@ -1,0 +1,317 @@
+"""The composition root: configuration -> objects. The only module that sees both."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from open_clip.transform import image_transform
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from clipq.config.hydra import configs_dir
+from clipq.config.schema import (
+    BackendConfig,
+    CaptionConfig,
+    Compile,
+    ConfigError,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    Precision,
+    TaskConfig,
+    TaskKind,
+    TrainJob,
+    Wandb,
+)
+from clipq.data.decode import Captions, TrainTransform
+from clipq.data.evalset import CaptionedShards, ImageFolder, LabelledShards
+from clipq.data.loader import TrainStream, default_workers, make_loader
+from clipq.data.shards import expand
+from clipq.dist.env import DistEnv
+from clipq.eval.common import Encoder, Evaluator
+from clipq.eval.prompts import read_classnames, read_templates, subset_indices
+from clipq.eval.retrieval import Retrieval
+from clipq.eval.zero_shot import ZeroShot
+from clipq.log.console import Console
+from clipq.log.meters import flops_per_pair
+from clipq.log.writers import JsonlWriter, TensorBoardWriter, WandbWriter, Writer
+from clipq.model.clip import ClipModel, Preprocess, create_model
+from clipq.model.surgery import blocks
+from clipq.optim.groups import decay_groups
+from clipq.train.checkpoint import Checkpoints, load, newest
+from clipq.train.loop import Normalize, Run
+from clipq.train.schedule import Schedule
+from clipq.train.state import TrainState
+
+log = logging.getLogger(__name__)
+
+AUTOCAST = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: None}
+
+
+@contextmanager
+def reported_as_config_error() -> Iterator[None]:
+    """What the data and model layers find wrong with a file or a name is a mistake in the configuration here."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
+
+
+def build_model(config: ModelConfig) -> ClipModel:
+    """The model of a configuration on the CPU, with tokenizer and preprocessing."""
+    packaged = configs_dir() / "arch" / f"{config.name}.json"
+    return create_model(
+        str(packaged) if packaged.is_file() else config.name,
+        pretrained=config.pretrained,
+        image_size=config.image_size,
+        layer_scale_init=config.layer_scale_init,
+        patch_dropout=config.patch_dropout,
+        qk_norm=config.qk_norm,
+        grad_checkpointing=config.grad_checkpointing,
+    )
+
+
+def _interpolation(preprocess: Preprocess) -> str:
+    return "bicubic" if preprocess.interpolation == "random" else preprocess.interpolation
+
+
+def build_captions(config: CaptionConfig) -> Captions:
+    return Captions(config.field, config.lines)
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        decay_groups(model, config.weight_decay),
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
+    )
+
+
+def build_schedule(job: TrainJob) -> Schedule:
+    s = job.schedule
+    return Schedule(s.decay.value, job.optim.lr, job.steps, s.warmup, s.cooldown, s.final_lr)
+
+
+def build_stream(config: DataConfig, clip: ClipModel, env: DistEnv, *, batch_size: int, seed: int) -> TrainStream:
+    """Training batches of this rank from step 0 on; `batch_size` counts the pairs of all ranks."""
+    augment, preprocess = config.augment, clip.preprocess
+    transform = TrainTransform(
+        size=preprocess.size,
+        interpolation=_interpolation(preprocess),
+        scale=(augment.scale[0], augment.scale[1]),
+        ratio=(augment.ratio[0], augment.ratio[1]),
+        flip=augment.flip,
+        color_jitter=tuple(augment.color_jitter),
+        color_jitter_prob=augment.color_jitter_prob,
+        grayscale=augment.grayscale,
+    )
+    return TrainStream(
+        shards=expand(config.shards),
+        transform=transform,
+        captions=build_captions(config.caption),
+        tokenizer=clip.tokenizer,
+        batch_size=batch_size // env.world_size,
+        image=config.image,
+        shuffle=config.shuffle,
+        seed=seed,
+        rank=env.rank,
+        world_size=env.world_size,
+    )
+
+
+def build_encoder(
+    clip: ClipModel, backend: BackendConfig, config: EvalConfig, env: DistEnv, console: Console
+) -> Encoder:
+    preprocess = clip.preprocess
+    transform = image_transform(
+        preprocess.size,
+        is_train=False,
+        mean=preprocess.mean,
+        std=preprocess.std,
+        interpolation=_interpolation(preprocess),
+        resize_mode=preprocess.resize_mode,  # pyright: ignore[reportArgumentType]
+        fill_color=preprocess.fill_color,
+    )
+    return Encoder(
+        model=clip.model,
+        tokenizer=clip.tokenizer,
+        transform=cast(Callable[[Image.Image], Tensor], transform),
+        mean=preprocess.mean,
+        std=preprocess.std,
+        env=env,
+        autocast=AUTOCAST[backend.precision],
+        batch_size=config.batch_size,
+        workers=default_workers(env.local_world_size) if config.workers is None else config.workers,
+        status=console.status,
+    )
+
+
+def build_evaluators(config: EvalConfig) -> list[Evaluator]:
+    return [_evaluator(name, task, config.examples) for name, task in config.tasks.items()]
+
+
+def _evaluator(name: str, task: TaskConfig, examples: int) -> Evaluator:
+    if task.kind is TaskKind.retrieval:
+        source = CaptionedShards(expand(task.shards), build_captions(task.caption), task.image)
+        return Retrieval(name, source, examples)
+    assert task.classnames is not None  # the schema refuses such a task
+    assert task.templates is not None
+    classnames = read_classnames(task.classnames)
+    if task.folder is not None:
+        source = ImageFolder(task.folder)
+        if len(source.classes()) != len(classnames):
+            raise ConfigError(
+                f"eval.tasks.{name}: {task.folder} has {len(source.classes())} sub-folders, but {task.classnames} "
+                f"names {len(classnames)} classes: class n is the n-th sub-folder"
+            )
+    else:
+        source = LabelledShards(expand(task.shards), task.image)
+    return ZeroShot(
+        name,
+        source,
+        classnames,
+        read_templates(task.templates),
+        {subset: subset_indices(file, classnames) for subset, file in task.subsets.items()},
+        examples,
+    )
+
+
+def parallelize(model: nn.Module, config: ParallelConfig, env: DistEnv) -> nn.Module:
+    if not env.is_distributed:
+        return model
+    return DistributedDataParallel(
+        model,
+        device_ids=[env.device.index] if env.device.type == "cuda" else None,
+        bucket_cap_mb=config.bucket_mb,
+        gradient_as_bucket_view=True,
+    )
+
+
+def compile_blocks(model: nn.Module, config: BackendConfig, env: DistEnv) -> None:
+    """Compiles each residual block for itself: one graph that all blocks of a tower share, quick to compile.
+
+    `forward` is replaced and not the module, so that names in the state dict stay and FSDP does not undo it.
+    """
+    if config.compile is Compile.on or (config.compile is Compile.auto and env.device.type == "cuda"):
+        for _, block in blocks(model):
+            block.forward = torch.compile(block.forward, fullgraph=True)
+
+
+def build_writers(job: TrainJob, folder: Path, env: DistEnv, *, step: int, config: dict[str, Any]) -> Sequence[Writer]:
+    if not env.is_main:
+        return []
+    writers: list[Writer] = [JsonlWriter(folder / "metrics.jsonl", from_step=step)]
+    if job.log.tensorboard:
+        writers.append(TensorBoardWriter(folder / "tensorboard", from_step=step))
+    if job.log.wandb is not Wandb.off:
+        writers.append(
+            WandbWriter(
+                folder,
+                mode=job.log.wandb.value,
+                project=job.log.wandb_project,
+                entity=job.log.wandb_entity,
+                name=job.name,
+                config=config,
+            )
+        )
+    return writers
+
+
+def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Console) -> Run:
+    """Everything that `train` needs, at the step of the newest checkpoint in the run folder.
+
+    The order is: data (cheap to find wrong), model, checkpoint, parallel, compile, optimizer.
+    """
+    torch.manual_seed(job.seed)
+    with reported_as_config_error():
+        expand(job.data.shards)
+        evaluators = build_evaluators(job.eval)
+        clip = build_model(job.model)
+    if getattr(clip.model, "logit_bias", None) is not None:
+        raise ConfigError(
+            f"model.name={job.model.name}: a SigLIP model, whose loss is not the contrastive softmax of clipq"
+        )
+    for line in clip.report.lines():
+        log.info("%s", line)
+    flops = flops_per_pair(clip.model, clip.preprocess.size, clip.context_length)
+    clip.model.to(env.device)
+    optimizer = build_optimizer(clip.model, job.optim)
+    fp16 = job.backend.precision is Precision.fp16
+    state = TrainState(clip.model, optimizer, torch.amp.GradScaler(env.device.type, enabled=fp16))
+    torch.manual_seed(job.seed + env.rank)  # dropout differs between ranks, initial weights do not
+
+    stream = build_stream(job.data, clip, env, batch_size=job.batch_size, seed=job.seed)
+    workers = default_workers(env.local_world_size) if job.data.workers is None else job.data.workers
+    loader_info = {"workers": workers, "world_size": env.world_size}
+    checkpoints = Checkpoints(
+        folder / "checkpoints",
+        env,
+        every=job.checkpoint.every,
+        minutes=job.checkpoint.minutes,
+        keep_last=job.checkpoint.keep_last,
+        keep_every=job.checkpoint.keep_every,
+        config=yaml,
+    )
+    resume(checkpoints, state, env, loader_info)
+    model = parallelize(clip.model, job.parallel, env)
+    compile_blocks(clip.model, job.backend, env)
+    return Run(
+        env=env,
+        state=state,
+        model=model,
+        normalize=Normalize(clip.preprocess.mean, clip.preprocess.std, env.device),
+        schedule=build_schedule(job),
+        loader=functools.partial(_batches, stream, workers, job.data.prefetch, env),
+        loader_info=loader_info,
+        encoder=build_encoder(clip, job.backend, job.eval, env, console),
+        evaluators=evaluators,
+        checkpoints=checkpoints,
+        console=console,
+        writers=[],
+        folder=folder,
+        steps=job.steps,
+        batch_size=job.batch_size,
+        autocast=AUTOCAST[job.backend.precision],
+        flops_per_image=flops,
+        clip_norm=job.optim.clip_norm,
+        max_logit_scale=job.max_logit_scale,
+        log_every=job.log.every,
+        eval_every=job.eval.every,
+        profile=(job.log.profile[0], job.log.profile[1]) if job.log.profile else None,
+    )
+
+
+def resume(checkpoints: Checkpoints, state: TrainState, env: DistEnv, loader: dict[str, int]) -> None:
+    """Takes the newest checkpoint into the state, if there is one, and says what will not be exact."""
+    path = newest(checkpoints.folder)
+    if path is None:
+        return
+    saved_loader = load(path, state, env)
+    log.info("resumed from %s at step %d", path, state.step)
+    for key, now in loader.items():
+        if saved_loader[key] != now:
+            log.warning(
+                "%s was %d and is %d now: from here on the order of samples, and the random numbers of dropout, differ "
+                "from those of an uninterrupted run",
+                key,
+                saved_loader[key],
+                now,
+            )
+
+
+def _batches(stream: TrainStream, workers: int, prefetch: int, env: DistEnv, step: int) -> Iterator[dict[str, Tensor]]:
+    loader = make_loader(
+        stream.starting_at(step), workers=workers, prefetch=prefetch, pin_memory=env.device.type == "cuda"
+    )
+    return iter(loader)

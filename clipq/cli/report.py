@@ -1,0 +1,84 @@
+"""`clipq-report`: tables, plots and a page about one or several runs."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+EXAMPLE = """\
+examples:
+  clipq-report runs/my-run                     writes runs/my-run/report/
+  clipq-report runs/adamw runs/stable_adamw    writes report/, every curve of both on the same axes
+  clipq-report runs/* --out reports/sweep      writes reports/sweep/
+
+A run may be reported while it trains. A report is index.html, which is complete in itself and can be sent
+to someone, the plots as PNG, summary.md and summary.csv.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes the report, prints the table and, on the last line, the absolute path of the page.
+
+    Returns:
+        The exit status: 0, or 2 where the input or the output folder is wrong (one line on stderr says how).
+    """
+    arguments = _parser().parse_args(argv)
+    # Imported here so that --help and wrong usage answer at once.
+    from clipq.report.runs import RunError, read_runs
+    from clipq.report.tables import console_table
+    from clipq.report.write import write_files
+
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # a terminal that lacks a letter gets a question mark, not a traceback
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        runs = read_runs(arguments.runs)
+        out = arguments.out or (runs[0].path / "report" if len(runs) == 1 else Path("report"))
+        target = write_files(runs, out)
+    except RunError as error:
+        return _fail(str(error))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}: check --out, the folder's permissions and the disk")
+    print(console_table(runs))
+    print()
+    print(target)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="clipq-report",
+        description="Tables, plots and one HTML page about one or several training runs.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, as runs/<name>")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder to write to (default: RUN/report for one run, ./report for several)",
+    )
+    return parser
+
+
+def _fail(message: str) -> int:
+    print(f"clipq-report: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

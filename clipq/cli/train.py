@@ -1,0 +1,94 @@
+"""clipq-train: trains a CLIP model as configured; the same command again resumes the run."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clipq.config.hydra import run
+from clipq.config.schema import ConfigError, Resume, TrainJob, check
+
+if TYPE_CHECKING:
+    from clipq.dist.env import DistEnv
+
+# torch and OpenCLIP take seconds to import, so the functions here import what they need: a mistake in the
+# configuration is told at once.
+
+log = logging.getLogger("clipq.cli.train")  # __name__ is __main__ under `python -m`
+
+
+def main() -> None:
+    run(TrainJob, "train", train_job, synthetic=synthetic)
+
+
+def synthetic() -> str:
+    """`${clipq.synthetic:}` in YAML: the folder of the built-in data set, rendered on first use."""
+    from clipq.data.synthetic import ensure
+
+    return str(ensure())
+
+
+def train_job(job: TrainJob, yaml: str) -> None:
+    """Runs a job on this process and those that torchrun started beside it."""
+    import torch
+
+    from clipq.dist.env import distributed, world_size_from_environment
+
+    check(job, world_size=world_size_from_environment(), cuda=torch.cuda.is_available())
+    with distributed(job.device.value, timeout_minutes=job.parallel.timeout_minutes) as env:
+        _train(job, yaml, env)
+
+
+def _train(job: TrainJob, yaml: str, env: DistEnv) -> None:
+    from clipq.build import build_run, build_writers
+    from clipq.log.console import Console, setup_logging
+    from clipq.log.folder import environment, flatten_yaml, write_folder
+    from clipq.train.loop import train
+
+    folder = Path(job.runs) / job.name
+    differing = _changes_since_checkpoint(job, folder, yaml)
+    env.barrier()  # every rank has read the folder before one of them changes it
+    console = Console(enabled=env.is_main)
+    setup_logging(console, file=folder / "logs" / f"rank_{env.rank}.log")
+    for line in differing:
+        log.warning("changed since the checkpoint: %s", line)
+    try:
+        training = build_run(job, env, folder, yaml, console)
+        if training.state.step >= job.steps:
+            log.info("%s has done its %d steps: raise steps, or choose another name=", folder, training.state.step)
+            return
+        if env.is_main:
+            facts = environment(env.device, env.world_size) | training.facts()
+            write_folder(folder, yaml, facts)
+            log.info("%s", " | ".join(f"{k} {v}" for k, v in facts.items() if k in SHOWN))
+        training.writers = build_writers(job, folder, env, step=training.state.step, config=flatten_yaml(yaml))
+        train(training)
+        for writer in training.writers:
+            writer.close()
+        log.info("finished: %s", folder)
+    except Exception:
+        # into the log file of this rank too; the interpreter prints it
+        log.exception("the run ended with an error")
+        raise
+    finally:
+        console.close()
+
+
+SHOWN = ("device", "world_size", "torch", "parameters", "gflops_per_image")
+
+
+def _changes_since_checkpoint(job: TrainJob, folder: Path, yaml: str) -> list[str]:
+    from clipq.log.folder import changes
+    from clipq.train.checkpoint import newest
+
+    found = newest(folder / "checkpoints")
+    if found is None:
+        return []
+    if job.resume is Resume.never:
+        raise ConfigError(f"resume=never, but {folder} holds {found.name}: choose another name=, or remove it")
+    return changes((found / "config.yaml").read_text(encoding="utf-8"), yaml)
+
+
+if __name__ == "__main__":
+    main()

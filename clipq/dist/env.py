@@ -1,0 +1,88 @@
+"""Who this process is among the processes of a run, in one immutable object."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class DistEnv:
+    """Rank, number of processes and device of this process."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_distributed(self) -> bool:
+        return self.world_size > 1
+
+    def barrier(self) -> None:
+        if self.is_distributed:
+            dist.barrier()
+
+    def broadcast_flag(self, flag: bool) -> bool:
+        """Rank 0's `flag`, on every rank: for decisions that depend on a clock or a file system."""
+        if not self.is_distributed:
+            return flag
+        tensor = torch.tensor([int(flag)], device=self.device)
+        dist.broadcast(tensor, src=0)
+        return bool(tensor.item())
+
+
+def world_size_from_environment() -> int:
+    """Number of processes that torchrun started; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def distributed(device: str = "auto", *, timeout_minutes: float = 30.0) -> Iterator[DistEnv]:
+    """Joins the process group that torchrun's environment variables describe, and leaves it at the end.
+
+    Args:
+        device: "cpu", "cuda", or "auto" for CUDA where there is one.
+        timeout_minutes: a collective that takes longer ends the run.
+    """
+    rank, local_rank = (int(os.environ.get(k, "0")) for k in ("RANK", "LOCAL_RANK"))
+    world_size = world_size_from_environment()
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
+    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if use_cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise RuntimeError(
+                f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} visible, "
+                f"{local_world_size} processes on this node; lower --nproc_per_node"
+            )
+        torch.cuda.set_device(local_rank)
+    env = DistEnv(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        local_world_size=local_world_size,
+        device=torch.device("cuda", local_rank) if use_cuda else torch.device("cpu"),
+    )
+    if not env.is_distributed:
+        yield env
+        return
+    dist.init_process_group(
+        "nccl" if use_cuda else "gloo",
+        timeout=timedelta(minutes=timeout_minutes),
+        device_id=env.device if use_cuda else None,
+    )
+    try:
+        yield env
+    finally:
+        dist.destroy_process_group()

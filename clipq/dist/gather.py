@@ -1,0 +1,67 @@
+"""Collectives over tensors: one with a gradient, one for results of unequal length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out = x.new_empty((dist.get_world_size(), *x.shape))
+        dist.all_gather(list(out.unbind(0)), x.contiguous())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        # Every rank's loss depends on every rank's features, so the gradient of a rank's own part is the sum of
+        # what all ranks computed for it.
+        (grad,) = grads
+        grad = grad.contiguous()
+        if dist.get_backend() == "nccl":
+            out = torch.empty_like(grad[0])
+            dist.reduce_scatter_tensor(out, grad)
+            return out
+        dist.all_reduce(grad)
+        return grad[dist.get_rank()]
+
+
+def all_gather_with_grad(x: Tensor) -> Tensor:
+    """`x` of every rank, stacked by rank: [...] -> [world_size, ...]. The backward sums the gradients over ranks.
+
+    Shapes and dtypes must be equal on all ranks.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return x.unsqueeze(0)
+    return _AllGather.apply(x)  # pyright: ignore[reportReturnType]
+
+
+def gather_rows(x: Tensor) -> Tensor:
+    """The rows of every rank, one after another: [n_r, ...] -> [sum of n_r, ...], for any n_r, zero included.
+
+    Every rank must call it; every rank gets the result.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return x
+    count = torch.tensor([x.shape[0]], device=x.device)
+    counts = [torch.zeros_like(count) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, count)
+    sizes = [int(c.item()) for c in counts]
+    padded = x.new_zeros((max(sizes), *x.shape[1:]))
+    padded[: x.shape[0]] = x
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """A picklable `value` of every rank, by rank. Every rank must call it; every rank gets the list."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -1,0 +1,120 @@
+"""Where metrics go: metrics.jsonl always; TensorBoard and Weights & Biases where configured."""
+
+from __future__ import annotations
+
+import json
+import math
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+Row = dict[str, Any]
+"""One metrics row: `kind` is train, eval or resume; always a `step`."""
+
+
+class Writer(Protocol):
+    def write(self, rows: Sequence[Row]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def scalars(row: Row) -> dict[str, float]:
+    """Tag -> value of the numbers in a row, as trackers name them: `train/loss`, `eval/<task>/top1`."""
+    if row["kind"] == "eval":
+        return {f"eval/{row['task']}/{name}": v for name, v in row["metrics"].items()}
+    skip = ("kind", "step", "samples")
+    return {f"{row['kind']}/{k}": v for k, v in row.items() if k not in skip and isinstance(v, (int, float))}
+
+
+class JsonlWriter:
+    """Appends rows to metrics.jsonl, a JSON object a line. Non-finite numbers are written as null.
+
+    Args:
+        from_step: rows of later steps are removed first: a resumed run writes them again.
+    """
+
+    def __init__(self, path: Path, *, from_step: int) -> None:
+        self._path = path
+        if path.exists():
+            self._cut(from_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def _cut(self, step: int) -> None:
+        kept = []
+        for line in self._path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue  # a line that a kill cut short
+            if row["step"] <= step:
+                kept.append(line)
+        part = self._path.with_suffix(".part")
+        part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        part.replace(self._path)
+
+    def write(self, rows: Sequence[Row]) -> None:
+        self._file.writelines(json.dumps(_finite(row)) + "\n" for row in rows)
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class TensorBoardWriter:
+    """TensorBoard events in `folder`; those after `from_step` are hidden when a run resumes."""
+
+    def __init__(self, folder: Path, *, from_step: int) -> None:
+        from torch.utils.tensorboard import (
+            SummaryWriter,
+        )  # imports TensorFlow's protocol buffers: only when used
+
+        self._writer = SummaryWriter(str(folder), purge_step=from_step + 1 if from_step else None)
+
+    def write(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            for tag, value in scalars(row).items():
+                self._writer.add_scalar(tag, value, row["step"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbWriter:
+    """A Weights & Biases run. Its id lies in the run folder, so that a resumed run goes on in the same one."""
+
+    def __init__(
+        self, folder: Path, *, mode: str, project: str, entity: str | None, name: str, config: dict[str, Any]
+    ) -> None:
+        import wandb  # starts a service process and reads the network: only when used
+
+        id_file = folder / "wandb_id"
+        run_id = id_file.read_text().strip() if id_file.exists() else uuid.uuid4().hex[:8]
+        id_file.write_text(run_id)
+        self._run = wandb.init(
+            id=run_id,
+            resume="allow",
+            mode=mode,  # pyright: ignore[reportArgumentType]
+            project=project,
+            entity=entity,
+            name=name,
+            dir=str(folder),
+            config=config,
+        )
+        # A resumed run repeats steps after its checkpoint; with a step metric of our own they are not refused.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            self._run.log({"step": row["step"], **scalars(row)})
+
+    def close(self) -> None:
+        self._run.finish()

@@ -1,0 +1,303 @@
+"""One HTML page about one or several runs, complete in itself: its images are inside, scripts it has none."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterable, Sequence
+from html import escape
+from itertools import groupby
+from pathlib import Path
+
+from clipq.report.plots import Plot, color
+from clipq.report.runs import Example, ExampleSet, Run
+from clipq.report.summary import (
+    Quantity,
+    chance_of,
+    compare,
+    decimal,
+    is_chance,
+    is_share,
+    metric_label,
+    percent,
+    planned_steps,
+    primary_metrics,
+    settings,
+)
+
+_IMAGE = re.compile(r"data:image/(?:png|jpeg|webp|gif);base64,[A-Za-z0-9+/=]+")
+_CSS = Path(__file__).with_name("page.css")
+# The browser itself then refuses whatever is not in the page, scripts included.
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+_TILES = (
+    "final_loss",
+    "images_per_second",
+    "data_wait",
+    "seconds",
+    "mfu",
+    "memory_gib",
+    "parameters",
+    "gflops_per_image",
+)
+
+
+def page(runs: Sequence[Run], plots: Sequence[Plot]) -> str:
+    """The whole document. Every text of the runs is escaped; equal runs and plots give equal pages."""
+    title = ", ".join(run.name for run in runs)
+    css = _CSS.read_text(encoding="utf-8")
+    lines = compare(runs)
+    body = [_heading(runs)]
+    if len(runs) == 1:
+        body += [_tiles(runs[0], lines), _results(lines)]
+    else:
+        body += [_comparison(runs, lines), _differences(runs)]
+    body += [_plots(plots), _examples(runs), _history(runs), _settings(runs), _environment(runs)]
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{escape(_POLICY)}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)} · clipq report</title>\n<style>\n{css}</style>\n"
+        "</head>\n<body>\n" + "\n".join(part for part in body if part) + "\n</body>\n</html>\n"
+    )
+
+
+def _heading(runs: Sequence[Run]) -> str:
+    if len(runs) == 1:
+        parts = [f"<h1>{escape(runs[0].name)}</h1>", f'<p class="soft">{escape(_progress(runs[0]))}</p>']
+    else:
+        parts = [f"<h1>{len(runs)} runs compared</h1>"]
+        parts += [
+            f"<p>{_chip(index)}<strong>{escape(run.name)}</strong> "
+            f'<span class="soft">{escape(_progress(run))}</span></p>'
+            for index, run in enumerate(runs)
+        ]
+    for run in runs:
+        parts += [f'<p class="note"><strong>{escape(run.name)}</strong>: {escape(note)}.</p>' for note in run.notes]
+    return "<header>\n" + "\n".join(parts) + "\n</header>"
+
+
+def _progress(run: Run) -> str:
+    """One line on what the run is and how far it got."""
+    model, data = run.config.get("model"), run.config.get("data")
+    named = [str(group["name"]) for group in (model, data) if isinstance(group, dict) and group.get("name")]
+    what = [" on ".join(named)] if named else []
+    planned = planned_steps(run)
+    if planned:
+        what.append(f"step {run.last_step:,} of {planned:,}, not finished")
+    else:
+        what.append(f"{run.last_step:,} steps")
+    device = run.environment.get("device")
+    if isinstance(device, str) and device:
+        ranks = run.environment.get("world_size")
+        what.append(f"{ranks} x {device}" if isinstance(ranks, int) and ranks > 1 else device)
+    return " · ".join(what)
+
+
+def _class(name: str) -> str:
+    return f' class="{name}"' if name else ""
+
+
+def _chip(index: int) -> str:
+    return f'<span class="chip" style="background:{color(index)}"></span>'
+
+
+def _tiles(run: Run, lines: Sequence[Quantity]) -> str:
+    tiles = [_accuracy_tile(task, metric, run) for task in run.evaluations for metric in _headline(run, task)]
+    by_key = {line.key: line for line in lines}
+    for key in _TILES:
+        if key in by_key and by_key[key].values[0] is not None:
+            line = by_key[key]
+            tiles.append(_tile(line.label, line.text(0), line.detail))
+    return '<section class="tiles">\n' + "\n".join(tiles) + "\n</section>"
+
+
+def _headline(run: Run, task: str) -> list[str]:
+    metrics = run.evaluations[task][-1].metrics
+    return [metric for metric in primary_metrics(list(metrics)) if metric in metrics]
+
+
+def _accuracy_tile(task: str, metric: str, run: Run) -> str:
+    metrics = run.evaluations[task][-1].metrics
+    value, chance = metrics[metric], chance_of(metric, metrics)
+    if chance:
+        detail = f"{value / chance:.1f}x chance ({percent(chance)})"
+    else:
+        detail = ", ".join(f"{metrics[m]:,.0f} {m}" for m in ("images", "texts") if m in metrics)
+    return _tile(f"{task}: {metric_label(metric)}", percent(value), detail, main=True)
+
+
+def _tile(name: str, value: str, detail: str, *, main: bool = False) -> str:
+    return (
+        f'<div class="tile{" main" if main else ""}"><div class="name">{escape(name)}</div>'
+        f'<div class="value">{escape(value)}</div><div class="detail">{escape(detail)}</div></div>'
+    )
+
+
+def _results(lines: Sequence[Quantity]) -> str:
+    """The numbers of one run, a small table for each group."""
+    tables = []
+    for group, members in groupby(lines, key=lambda line: line.group):
+        rows = "\n".join(
+            f'<tr><th scope="row">{_line_label(line)}</th><td>{escape(line.text(0))}</td></tr>' for line in members
+        )
+        tables.append(f"<div><h3>{escape(group)}</h3>\n<table><tbody>\n{rows}\n</tbody></table></div>")
+    return '<section>\n<h2>Results</h2>\n<div class="groups">\n' + "\n".join(tables) + "\n</div>\n</section>"
+
+
+def _line_label(line: Quantity) -> str:
+    return escape(line.label) + (f' <span class="soft">{escape(line.detail)}</span>' if line.detail else "")
+
+
+def _comparison(runs: Sequence[Run], lines: Sequence[Quantity]) -> str:
+    rows = []
+    for group, members in groupby(lines, key=lambda line: line.group):
+        rows.append(f'<tr class="group"><th scope="rowgroup" colspan="{len(runs) + 1}">{escape(group)}</th></tr>')
+        for line in members:
+            best = line.best()
+            cells = "".join(
+                f"<td{_class('best' if index in best else '')}>{escape(line.text(index))}</td>"
+                for index in range(len(runs))
+            )
+            rows.append(f'<tr><th scope="row">{_line_label(line)}</th>{cells}</tr>')
+    hint = '<p class="soft">The best value of a line is bold where runs differ.</p>'
+    return f"<section>\n<h2>Results</h2>\n{_table(runs, rows)}{hint}\n</section>"
+
+
+def _table(runs: Sequence[Run], rows: Iterable[str], *, kind: str = "") -> str:
+    head = "".join(f'<th scope="col">{_chip(i)}{escape(run.name)}</th>' for i, run in enumerate(runs))
+    return (
+        f'<div class="scroll"><table{_class(kind)}>\n'
+        f'<thead><tr><th scope="col"></th>{head}</tr></thead>\n<tbody>\n' + "\n".join(rows) + "\n</tbody></table></div>"
+    )
+
+
+def _differences(runs: Sequence[Run]) -> str:
+    rows = [_setting_row(name, values, differs=False) for name, values, differs in settings(runs) if differs]
+    if rows:
+        text = _table(runs, rows, kind="left")
+    elif any(run.config for run in runs):
+        text = '<p class="soft">None: the runs have the same settings.</p>'
+    else:
+        text = '<p class="soft">Not known: the run folders hold no config.yaml.</p>'
+    return f"<section>\n<h2>Settings that differ</h2>\n{text}\n</section>"
+
+
+def _setting_row(name: str, values: Sequence[str | None], *, differs: bool) -> str:
+    cells = "".join(f"<td>{'—' if v is None else f'<code>{escape(v)}</code>'}</td>" for v in values)
+    mark = _class("differs" if differs else "")
+    return f'<tr{mark}><th scope="row"><code>{escape(name)}</code></th>{cells}</tr>'
+
+
+def _plots(plots: Sequence[Plot]) -> str:
+    figures = []
+    for plot in plots:
+        data = base64.b64encode(plot.png).decode("ascii")
+        alt = f"{plot.title}, by step and by wall time. {plot.caption}"
+        figures.append(
+            f'<div class="plot"><h3>{escape(plot.title)}</h3><p class="soft">{escape(plot.caption)}</p>'
+            f'<div class="scroll"><img alt="{escape(alt)}" src="data:image/png;base64,{data}"></div></div>'
+        )
+    return "<section>\n<h2>Curves</h2>\n" + "\n".join(figures) + "\n</section>"
+
+
+def _examples(runs: Sequence[Run]) -> str:
+    parts = []
+    for index, run in enumerate(runs):
+        for examples in run.examples:
+            if not examples.examples:
+                continue
+            right = sum(_is_right(example) for example in examples.examples)
+            at = f" at step {examples.step:,}" if examples.step is not None else ""
+            label = f"{examples.task}{at}: {right} of these {len(examples.examples)} right"
+            whose = f"{_chip(index)}{escape(run.name)} · " if len(runs) > 1 else ""
+            opened = " open" if index == 0 else ""
+            parts.append(
+                f"<details{opened}><summary>{whose}{escape(label)}</summary>\n{_example_grid(examples)}\n</details>"
+            )
+    if not parts:
+        return ""
+    return "<section>\n<h2>Examples</h2>\n" + "\n".join(parts) + "\n</section>"
+
+
+def _example_grid(examples: ExampleSet) -> str:
+    return '<div class="examples">\n' + "\n".join(_example(example) for example in examples.examples) + "\n</div>"
+
+
+def _is_right(example: Example) -> bool:
+    return bool(example.best) and example.best[0][0] in example.truth
+
+
+def _example(example: Example) -> str:
+    if _IMAGE.fullmatch(example.image):
+        image = f'<img alt="{escape(example.truth[0] if example.truth else "")}" src="{example.image}">'
+    else:  # anything but image data could make the page reach out
+        image = '<div class="missing">no image</div>'
+    verdict = '<span class="right">✓ right</span>' if _is_right(example) else '<span class="wrong">✗ wrong</span>'
+    rows = []
+    for caption, score in example.best:
+        true = caption in example.truth
+        share = 100 * score if 0 <= score <= 1 else 0.0
+        rows.append(
+            f'<li{_class("truth" if true else "")}><span class="bar" style="width:{share:.1f}%"></span>'
+            f'<span class="caption">{"✓ " if true else ""}{escape(caption)}</span>'
+            f'<span class="score">{escape(percent(score) if 0 <= score <= 1 else decimal(score))}</span></li>'
+        )
+    truth = "<br>".join(escape(t) for t in example.truth)
+    return (
+        f'<div class="example">{image}<div class="text">{verdict} · truth: {truth}\n<ol>'
+        + "".join(rows)
+        + "</ol></div></div>"
+    )
+
+
+def _history(runs: Sequence[Run]) -> str:
+    parts = []
+    for run in runs:
+        for task, evaluations in run.evaluations.items():
+            names = [
+                m for m in dict.fromkeys(m for e in evaluations for m in e.metrics) if is_share(m) and not is_chance(m)
+            ]
+            if len(evaluations) < 2 or not names:
+                continue
+            head = "".join(f'<th scope="col">{escape(metric_label(name))}</th>' for name in names)
+            rows = "\n".join(
+                f'<tr><th scope="row">{e.step:,}</th>'
+                + "".join(f"<td>{escape(percent(e.metrics[n])) if n in e.metrics else '—'}</td>" for n in names)
+                + "</tr>"
+                for e in evaluations
+            )
+            parts.append(
+                f"<details><summary>{escape(run.name)} · {escape(task)}</summary>\n"
+                f'<div class="scroll"><table><thead><tr><th scope="col">step</th>{head}</tr></thead>\n'
+                f"<tbody>\n{rows}\n</tbody></table></div>\n</details>"
+            )
+    return "<section>\n<h2>Every evaluation</h2>\n" + "\n".join(parts) + "\n</section>" if parts else ""
+
+
+def _settings(runs: Sequence[Run]) -> str:
+    rows = settings(runs)
+    if not rows:
+        return ""
+    different = sum(differs for *_, differs in rows)
+    marked = f" ({different} that differ are highlighted)" if different else ""
+    table = _table(runs, [_setting_row(name, values, differs=differs) for name, values, differs in rows], kind="left")
+    return (
+        f"<section>\n<h2>Settings</h2>\n<details><summary>All {len(rows)} settings{marked}</summary>\n"
+        f"{table}\n</details>\n</section>"
+    )
+
+
+def _environment(runs: Sequence[Run]) -> str:
+    keys = list(dict.fromkeys(key for run in runs for key in run.environment))
+    if not keys:
+        return ""
+    rows = []
+    for key in keys:
+        values = [None if (v := run.environment.get(key)) is None else str(v) for run in runs]
+        known = {value for value, run in zip(values, runs, strict=True) if run.environment}
+        rows.append(_setting_row(key, values, differs=len(known) > 1))
+    table = _table(runs, rows, kind="left")
+    return (
+        "<section>\n<h2>Environment</h2>\n<details><summary>Versions, device, command</summary>\n"
+        f"{table}\n</details>\n</section>"
+    )

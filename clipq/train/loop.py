@@ -1,0 +1,236 @@
+"""The training loop: the algorithm, top to bottom.
+
+Shape suffixes: B pairs on this rank, C colours, H height, W width, L tokens of context, D features.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from clipq.dist.env import DistEnv
+from clipq.eval.common import Encoder, Evaluator
+from clipq.log.console import Console
+from clipq.log.meters import Meter
+from clipq.log.writers import Row, Writer
+from clipq.loss.contrastive import contrastive_loss
+from clipq.train.checkpoint import Checkpoints
+from clipq.train.schedule import Schedule
+from clipq.train.state import TrainState
+
+log = logging.getLogger(__name__)
+
+
+class Normalize:
+    """uint8 images [B, 3, H, W] on `device` -> fp32, mean removed and divided by the standard deviation."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
+        self._shift = 255 * torch.tensor(mean, device=device).view(1, -1, 1, 1)
+        self._scale = 255 * torch.tensor(std, device=device).view(1, -1, 1, 1)
+
+    def __call__(self, image_BCHW: Tensor) -> Tensor:
+        return (image_BCHW.float() - self._shift) / self._scale
+
+
+@dataclass
+class Run:
+    """All that the loop needs, put together by `clipq.build`."""
+
+    env: DistEnv
+    state: TrainState
+    model: nn.Module
+    """What is called: the state's model, or DDP around it."""
+    normalize: Normalize
+    schedule: Schedule
+    loader: Callable[[int], Iterator[dict[str, Tensor]]]
+    """Step -> endless batches of this rank after that step: {"image": [B, 3, H, W] uint8, "text": [B, L]}."""
+    loader_info: dict[str, int]
+    encoder: Encoder
+    evaluators: Sequence[Evaluator]
+    checkpoints: Checkpoints
+    console: Console
+    writers: Sequence[Writer]
+    folder: Path
+    steps: int
+    batch_size: int
+    """Pairs in a step over all ranks."""
+    autocast: torch.dtype | None
+    flops_per_image: float
+    """Of one pair, forward and backward."""
+    clip_norm: float | None = None
+    max_logit_scale: float = 100.0
+    log_every: int = 10
+    eval_every: int = 0
+    profile: tuple[int, int] | None = None
+    pending: list[tuple[Row, Tensor]] = field(default_factory=list)
+    """Steps whose numbers are still on the device."""
+
+    def facts(self) -> dict[str, Any]:
+        """What environment.json says of the run besides the machine."""
+        return {
+            "parameters": sum(p.numel() for p in self.state.model.parameters()),
+            "gflops_per_image": round(self.flops_per_image / 1e9, 3),
+        }
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss is NaN or infinite; nothing was saved since."""
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Whether something done every so many steps, and at the last, is done after this one."""
+    return step == last or (every > 0 and step % every == 0)
+
+
+def train(run: Run) -> None:
+    """Trains from the state's step to the last.
+
+    Raises:
+        NonFiniteLossError: the loss went bad; the newest checkpoint is from before that.
+    """
+    state = run.state
+    first = state.step + 1
+    meter = Meter(
+        seconds=state.seconds,
+        device=run.env.device,
+        flops_per_image=run.flops_per_image,
+        world_size=run.env.world_size,
+    )
+    batches = run.loader(state.step)
+    run.model.train()
+    with _profiler(run) as profiler:
+        for step in range(first, run.steps + 1):
+            with meter.waiting():
+                batch = next(batches)
+            lr = run.schedule(step)
+            numbers = train_step(run, batch, lr)
+            state.step, state.samples, state.seconds = step, state.samples + run.batch_size, meter.seconds()
+            meter.count(run.batch_size)
+            row = {
+                "kind": "train",
+                "step": step,
+                "samples": state.samples,
+                "seconds": state.seconds,
+                "lr": lr,
+            }
+            run.pending.append((row, numbers))
+
+            evaluating = bool(run.evaluators) and due(step, run.eval_every, run.steps)
+            logging_now = due(step, run.log_every, run.steps)
+            saving = step == run.steps or run.checkpoints.due(step, ask_clock=logging_now)
+            # Numbers are read (and so checked) before anything is built on the weights that gave them.
+            if logging_now or evaluating or saving:
+                flush(run, meter, show=logging_now)
+            if evaluating:
+                with meter.paused():
+                    evaluate(run)
+            if saving:
+                with meter.paused():
+                    run.checkpoints.save(state, loader=run.loader_info)
+            if profiler is not None:
+                profiler.step()
+
+
+def train_step(run: Run, batch: dict[str, Tensor], lr: float) -> Tensor:
+    """One optimizer step; returns [loss, logit scale, gradient norm or NaN] on the device, without waiting for it."""
+    state, device = run.state, run.env.device
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+    image_BCHW = run.normalize(batch["image"].to(device, non_blocking=True))
+    text_BL = batch["text"].to(device, non_blocking=True)
+
+    with torch.autocast(device.type, dtype=run.autocast or torch.bfloat16, enabled=run.autocast is not None):
+        out = run.model(image_BCHW, text_BL)
+    loss = contrastive_loss(out["image_features"], out["text_features"], out["logit_scale"])
+    state.scaler.scale(loss).backward()
+
+    norm = torch.full((), math.nan, device=device)
+    if run.clip_norm is not None:
+        state.scaler.unscale_(state.optimizer)
+        norm = nn.utils.clip_grad_norm_(state.model.parameters(), run.clip_norm)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        logit_scale: Any = state.model.logit_scale
+        logit_scale.clamp_(0, math.log(run.max_logit_scale))
+    return torch.stack((loss.detach(), out["logit_scale"].detach().float(), norm.detach().float()))
+
+
+def flush(run: Run, meter: Meter, *, show: bool) -> None:
+    """Fetches the numbers of the pending steps in one transfer, averages the loss over ranks, writes and shows them."""
+    numbers = torch.stack([n for _, n in run.pending])
+    if run.env.is_distributed:
+        dist.all_reduce(numbers)
+        numbers /= run.env.world_size
+    rows = [row for row, _ in run.pending]
+    run.pending.clear()
+    for row, (loss, logit_scale, norm) in zip(rows, numbers.tolist(), strict=True):
+        row |= {"loss": loss, "logit_scale": logit_scale, "grad_norm": None if math.isnan(norm) else norm}
+    if show:
+        rows[-1] |= meter.interval()
+    write(run, rows)
+    if show:
+        images_per_second = max(rows[-1]["images_per_second"], 1e-9)
+        run.console.progress(rows[-1], steps=run.steps, seconds_per_step=run.batch_size / images_per_second)
+    bad = next((row for row in rows if not math.isfinite(row["loss"])), None)
+    if bad is not None:
+        raise NonFiniteLossError(
+            f"the loss is {bad['loss']} at step {bad['step']}: lower optim.lr, lengthen schedule.warmup or set "
+            f"optim.clip_norm; the newest checkpoint in {run.checkpoints.folder} is from before"
+        )
+
+
+def evaluate(run: Run) -> None:
+    """Runs every evaluator on every rank, writes what they found, and shows it."""
+    for evaluator in run.evaluators:
+        result = evaluator.run(run.encoder)
+        if run.env.is_main:
+            result.write_examples(run.folder / "examples", run.state.step)
+        row = {
+            "kind": "eval",
+            "step": run.state.step,
+            "samples": run.state.samples,
+            "seconds": run.state.seconds,
+            "task": result.task,
+            "metrics": result.metrics,
+        }
+        write(run, [row])
+        log.info("step %d: %s", run.state.step, result.summary())
+
+
+def write(run: Run, rows: Sequence[Row]) -> None:
+    for writer in run.writers:
+        writer.write(rows)
+
+
+def _profiler(run: Run) -> AbstractContextManager[Any]:
+    """torch's profiler over the steps asked for; its trace opens in Perfetto or TensorBoard."""
+    if run.profile is None:
+        return nullcontext()
+    skipped = max(0, run.profile[0] - run.state.step - 1)
+    active = run.profile[1] - run.profile[0] + 1
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if run.env.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+
+    def save(profiler: Any) -> None:
+        path = run.folder / "profile" / f"rank_{run.env.rank}_steps_{run.profile[0]}_{run.profile[1]}.json.gz"  # pyright: ignore[reportOptionalSubscript]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(path))
+        log.info("wrote the profile %s", path)
+
+    return torch.profiler.profile(
+        activities=activities,
+        schedule=torch.profiler.schedule(skip_first=skipped, wait=0, warmup=0, active=active, repeat=1),
+        on_trace_ready=save,
+    )

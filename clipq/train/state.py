@@ -1,0 +1,52 @@
+"""All that changes while a run trains, and so all that a checkpoint holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from clipq.dist.gather import gather_objects
+
+
+@dataclass
+class TrainState:
+    """Model, optimizer, loss scaler and counters of a run."""
+
+    model: nn.Module
+    """The bare model, not wrapped for DDP."""
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    step: int = 0
+    """Optimizer steps done."""
+    samples: int = 0
+    """Pairs seen over all ranks."""
+    seconds: float = 0.0
+    """Training time."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the model's weights, in tensors and plain values. Collective: every rank must call it."""
+        rng = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_initialized():
+            rng["cuda"] = torch.cuda.get_rng_state()
+        return {
+            "step": self.step,
+            "samples": self.samples,
+            "seconds": self.seconds,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": gather_objects(rng),
+        }
+
+    def load_state_dict(self, saved: dict[str, Any], *, rank: int, world_size: int) -> None:
+        """Takes over what `state_dict` gave; generators only if the number of ranks is the same."""
+        self.step, self.samples, self.seconds = saved["step"], saved["samples"], saved["seconds"]
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        if len(saved["rng"]) == world_size:
+            rng = saved["rng"][rank]
+            torch.set_rng_state(rng["cpu"])
+            if "cuda" in rng and torch.cuda.is_available():
+                torch.cuda.set_rng_state(rng["cuda"])
