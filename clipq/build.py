@@ -204,6 +204,8 @@ def compile_blocks(model: nn.Module, config: BackendConfig, env: DistEnv) -> Non
     `forward` is replaced and not the module, so that names in the state dict stay and FSDP does not undo it.
     """
     if config.compile is Compile.on or (config.compile is Compile.auto and env.device.type == "cuda"):
+        # Both towers, training and odd batch sizes share the code of one forward, whose graphs torch counts together.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for _, block in blocks(model):
             block.forward = torch.compile(block.forward, fullgraph=True)
 

@@ -44,7 +44,7 @@ def _train(job: TrainJob, yaml: str, env: DistEnv) -> None:
     from clipq.build import build_run, build_writers
     from clipq.log.console import Console, setup_logging
     from clipq.log.folder import environment, flatten_yaml, write_folder
-    from clipq.train.loop import train
+    from clipq.train.loop import train, write
 
     folder = Path(job.runs) / job.name
     differing = _changes_since_checkpoint(job, folder, yaml)
@@ -63,6 +63,8 @@ def _train(job: TrainJob, yaml: str, env: DistEnv) -> None:
             write_folder(folder, yaml, facts)
             log.info("%s", " | ".join(f"{k} {v}" for k, v in facts.items() if k in SHOWN))
         training.writers = build_writers(job, folder, env, step=training.state.step, config=flatten_yaml(yaml))
+        if training.state.step:
+            write(training, [{"kind": "resume", "step": training.state.step, "seconds": training.state.seconds}])
         train(training)
         for writer in training.writers:
             writer.close()

@@ -56,7 +56,7 @@ def to_job(cfg: DictConfig, kind: type[Job]) -> Job:
     """
     for path, known in _unknown_keys(cfg, kind, ""):
         raise ConfigError(_no_such_setting(path, known))
-    for path in sorted(OmegaConf.missing_keys(cfg)):
+    for path in [*sorted(OmegaConf.missing_keys(cfg)), *_unset_parts(cfg)]:
         raise ConfigError(f"{path} is not set. It is: {_doc_of(kind, path)}")
     try:
         job = OmegaConf.to_object(cfg)
@@ -164,6 +164,19 @@ def _unknown_keys(node: Any, kind: Any, path: str) -> Iterator[tuple[str, list[s
     elif typing.get_origin(kind) is dict:
         for key in node:
             yield from _unknown_keys(node._get_node(key), typing.get_args(kind)[1], f"{path}.{key}")
+
+
+def _unset_parts(cfg: DictConfig) -> Iterator[str]:
+    """Settings that are null but stand inside another, as in `${data.root}/train`: it would become `None/train`."""
+    values = [OmegaConf.to_container(cfg, resolve=False)]
+    while values:
+        value = values.pop(0)
+        if isinstance(value, (dict, list)):
+            values += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, str):
+            for path in re.findall(r"\$\{([\w.]+)\}", value):
+                if value != f"${{{path}}}" and OmegaConf.select(cfg, path) is None:
+                    yield path
 
 
 # --- messages -----------------------------------------------------------------------------------------------------

@@ -468,7 +468,7 @@ def check_backend(backend: BackendConfig, *, device: Device, cuda: bool) -> None
     """Raises ConfigError where the device lacks what the backend needs."""
     _require(
         device is not Device.cuda or cuda,
-        "device=cuda: no CUDA GPU is visible to torch here; use device=cpu, or check the driver and CUDA_VISIBLE_DEVICES",
+        "device=cuda: no CUDA GPU is visible to torch; use device=cpu, or check the driver and CUDA_VISIBLE_DEVICES",
     )
     on_cuda = cuda and device is not Device.cpu
     _require(

@@ -35,9 +35,9 @@ TEXTURES = {
 }
 # name -> radius as a share of the picture's side, smallest and largest; ways to say it
 SIZES = {
-    "small": ((0.19, 0.23), ("small", "little", "tiny")),
-    "medium": ((0.25, 0.30), ()),
-    "large": ((0.33, 0.41), ("large", "big", "huge")),
+    "small": ((0.25, 0.29), ("small", "little", "tiny")),
+    "medium": ((0.31, 0.35), ()),
+    "large": ((0.38, 0.44), ("large", "big", "huge")),
 }
 # name -> value of its darkest and lightest tone, ways to say it
 BACKGROUNDS = {
@@ -91,11 +91,10 @@ def sample_scene(rng: Random, combinations: list[tuple[str, str]], *, pairs: flo
     across, along = rng.uniform(0.35, 0.65), rng.uniform(0.23, 0.27)
     beside = rng.random() < 0.5
     for i, combination in enumerate(rng.sample(combinations, 2)):
-        size = rng.choice(["small", "medium"])
-        radius = rng.uniform(0.17, 0.20) if size == "small" else rng.uniform(0.22, 0.25)
+        radius = rng.uniform(0.20, 0.25)
         place = (along, across + rng.uniform(-0.1, 0.1))
         x, y = place if beside else place[::-1]
-        things.append(_sample_thing(rng, combination, size, radius, x, y))
+        things.append(_sample_thing(rng, combination, "small", radius, x, y))
         along = 1 - along if i == 0 else along
     return Scene(tuple(things), background)
 
@@ -155,15 +154,15 @@ def _thing_words(rng: Random, thing: Thing) -> str:
 def _place_words(rng: Random, thing: Thing) -> str:
     """Where the thing is; nothing where words would be arguable."""
     dx, dy = thing.x - 0.5, thing.y - 0.5
-    across = "left" if dx < -0.1 else "right" if dx > 0.1 else ""
-    down = "top" if dy < -0.1 else "bottom" if dy > 0.1 else ""
+    across = "left" if dx < -0.07 else "right" if dx > 0.07 else ""
+    down = "top" if dy < -0.07 else "bottom" if dy > 0.07 else ""
     if across and down:
         return rng.choice([f"in the {down} {across} corner", f"at the {down} {across}"])
-    if down and abs(dx) < 0.06:
+    if down and abs(dx) < 0.05:
         return rng.choice([f"at the {down}", f"near the {down}"])
-    if across and abs(dy) < 0.06:
+    if across and abs(dy) < 0.05:
         return rng.choice([f"on the {across}", f"on the {across} side"])
-    if max(abs(dx), abs(dy)) < 0.06:
+    if max(abs(dx), abs(dy)) < 0.05:
         return rng.choice(["in the middle", "in the centre"])
     return ""
 

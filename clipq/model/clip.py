@@ -19,6 +19,7 @@ import open_clip
 from open_clip.model import set_model_preprocess_cfg
 from open_clip.timm_model import TimmModel
 from open_clip.tokenizer import HFTokenizer
+from open_clip.transform import merge_preprocess_dict
 from torch import Tensor, nn
 
 from clipq.model.arch import SCHEMES, Architecture, apply_settings, read_architecture
@@ -236,7 +237,7 @@ def _adopt_preprocess(model: Any, stored: dict[str, Any]) -> None:
     """Mean, standard deviation and the like belong to the weights; the size is the model's."""
     if stored:
         own = model.visual.preprocess_cfg
-        set_model_preprocess_cfg(model, {**own, **stored, "size": own["size"]})
+        set_model_preprocess_cfg(model, merge_preprocess_dict(own, {**stored, "size": own["size"]}))
 
 
 @contextmanager

@@ -22,6 +22,7 @@ import torch
 from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from clipq.model.surgery import blocks
@@ -124,8 +125,6 @@ def _resize_positions(model: nn.Module, given: dict[str, Tensor], expected: Mapp
 
 
 def _resize_timm(model: nn.Module, given: dict[str, Tensor], key: str) -> None:
-    from timm.layers.pos_embed import resample_abs_pos_embed
-
     trunk: Any = model.get_submodule("visual.trunk")
     grid = getattr(getattr(trunk, "patch_embed", None), "grid_size", None)
     if grid is None or given[key].ndim != 3:
@@ -252,9 +251,12 @@ def read_preprocess(path: str | Path) -> dict[str, Any]:
     file = find_weights(path)
     if file.suffix != ".safetensors":
         return {}
-    with safe_open(file, framework="pt") as opened:
-        metadata = opened.metadata() or {}
-    return json.loads(metadata.get(_PREPROCESS, "{}"))
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+        return json.loads(metadata.get(_PREPROCESS, "{}"))
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise WeightsError(f"weights {file}: its metadata cannot be read: {error}") from error
 
 
 def save_weights(model: nn.Module, path: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from clipq.report.runs import Evaluation, Run
 
 _SHARE = re.compile(r"(?:^|_)(?:top\d+|r\d+|mean_per_class|chance)$")
-_COUNT = re.compile(r"(?:^|_)(?:images|texts|classes)$")
+_COUNT = re.compile(r"(?:^|_)(?:images|texts|classes|failed)$")
 _NAME_SETTINGS = ("name", "runs")
 """Settings that say where a run lies, not what it does: that they differ is no news."""
 
@@ -151,7 +151,7 @@ def wait_share(run: Run) -> float | None:
     seconds = np.diff(samples[logged], prepend=0.0) / rate[logged]
     if seconds.sum() <= 0:
         return float(wait[logged].mean())
-    return float(wait[logged].mean())
+    return float((wait[logged] * seconds).sum() / seconds.sum())
 
 
 def percent(share: float) -> str:

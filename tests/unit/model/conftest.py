@@ -103,5 +103,3 @@ def openclip_model() -> Callable[[dict[str, Any]], nn.Module]:
 @pytest.fixture
 def batch() -> Callable[..., tuple[Tensor, Tensor]]:
     return random_batch
-
-

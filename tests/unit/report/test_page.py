@@ -4,7 +4,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from clipq.report import write_report
+from clipq.report import read_runs, write_report
+from clipq.report.page import page
 
 from .conftest import PIXEL, eval_row, train_row
 
@@ -64,6 +65,11 @@ def rich(write_run):
     )
 
 
+def shown(folders) -> Page:
+    """The page without its plots, which take a moment to draw."""
+    return Page(page(read_runs(folders), []))
+
+
 def read(path) -> Page:
     return Page(path.read_text(encoding="utf-8"))
 
@@ -71,9 +77,9 @@ def read(path) -> Page:
 def test_the_page_needs_nothing_else(rich, write_run, tmp_path):
     target = write_report([rich, write_run("plain")], tmp_path / "out")
     text = target.read_text(encoding="utf-8")
-    page = Page(text)
-    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "a", "form"}
-    for _, attributes in page.tags:
+    found = Page(text)
+    assert not {tag for tag, _ in found.tags} & {"script", "link", "iframe", "object", "a", "form"}
+    for _, attributes in found.tags:
         assert not any(name.startswith("on") for name in attributes)
         for name in ("src", "href", "srcset", "action"):
             assert (attributes.get(name) or "data:").startswith("data:")
@@ -88,8 +94,8 @@ def test_the_images_of_the_page_are_the_files(rich, tmp_path):
     assert files <= {base64.b64decode(source.split(",")[1]) for source in sources}
 
 
-def test_headline_numbers(rich, tmp_path):
-    content = read(write_report([rich], tmp_path / "out")).content
+def test_headline_numbers(rich):
+    content = shown([rich]).content
     for text in (
         "step 40 of 100, not finished",
         "shapes: top-1 66.7 % 33.3x chance (2.0 %)",
@@ -102,30 +108,30 @@ def test_headline_numbers(rich, tmp_path):
         assert text in content
 
 
-def test_examples_are_marked_right_and_wrong(rich, tmp_path):
-    page = read(write_report([rich], tmp_path / "out"))
-    assert "1 of these 2 right" in page.content
-    assert "✓ right · truth: a red circle ✓ a red circle 83.0 % a red square 10.0 %" in page.content
-    assert "✗ wrong · truth: a red circle a blue ring 60.0 % ✓ a red circle 30.0 %" in page.content
+def test_examples_are_marked_right_and_wrong(rich):
+    found = shown([rich])
+    assert "1 of these 2 right" in found.content
+    assert "✓ right · truth: a red circle ✓ a red circle 83.0 % a red square 10.0 %" in found.content
+    assert "✗ wrong · truth: a red circle a blue ring 60.0 % ✓ a red circle 30.0 %" in found.content
 
 
-def test_any_of_several_captions_is_right(write_run, tmp_path):
+def test_any_of_several_captions_is_right(write_run):
     run = write_run(examples={"flickr": [example(["a dog", "a hound"], a_hound=7.5)]})
-    assert "✓ right · truth: a dog a hound ✓ a hound 7.5" in read(write_report([run], tmp_path / "out")).content
+    assert "✓ right · truth: a dog a hound ✓ a hound 7.5" in shown([run]).content
 
 
-def test_differences_between_runs_are_highlighted(rich, write_run, tmp_path):
+def test_differences_between_runs_are_highlighted(rich, write_run):
     config = "name: other\nsteps: 100\nmodel: {name: ViT-S-8}\noptim: {lr: 0.002}\n"
     environment = {"torch": "2.15.0", "device": "cpu", "parameters": 1_234_567, "gflops_per_image": 1.5}
     other = write_run("other", config=config, environment=environment)
-    page = read(write_report([rich, other], tmp_path / "out"))
-    assert "Settings that differ" in page.content
-    assert page.content.count("optim.lr 0.001 0.002") == 2  # there and among all settings
-    assert "torch 2.11.0 2.15.0" in page.content
-    assert sum(attributes.get("class") == "differs" for _, attributes in page.tags) == 2
+    found = shown([rich, other])
+    assert "Settings that differ" in found.content
+    assert found.content.count("optim.lr 0.001 0.002") == 2  # there and among all settings
+    assert "torch 2.11.0 2.15.0" in found.content
+    assert sum(attributes.get("class") == "differs" for _, attributes in found.tags) == 2
 
 
-def test_texts_cannot_break_out(write_run, tmp_path):
+def test_texts_cannot_break_out(write_run):
     item = {"image": PIXEL, "truth": EVIL, "best": [[EVIL, 0.5]]}
     run = write_run(
         "<b>run & co",
@@ -134,12 +140,12 @@ def test_texts_cannot_break_out(write_run, tmp_path):
         environment={EVIL: EVIL},
         examples={"x": [item]},
     )
-    page = read(write_report([run, write_run("other")], tmp_path / "out"))
-    tags = {tag for tag, _ in page.tags}
+    found = shown([run, write_run("other")])
+    tags = {tag for tag, _ in found.tags}
     assert not tags & {"script", "b", "i"}
-    assert all((a["src"] or "").startswith("data:image/") for tag, a in page.tags if tag == "img")
-    assert EVIL in " ".join(page.text)
-    assert "<b>run & co" in page.content
+    assert all((a["src"] or "").startswith("data:image/") for tag, a in found.tags if tag == "img")
+    assert EVIL in " ".join(found.text)
+    assert "<b>run & co" in found.content
 
 
 @pytest.mark.parametrize(
@@ -154,18 +160,18 @@ def test_texts_cannot_break_out(write_run, tmp_path):
 )
 def test_what_is_no_image_data_is_not_shown(write_run, tmp_path, image):
     run = write_run(examples={"x": [example(image=image, a=0.5)]})
-    page = read(write_report([run], tmp_path / "out"))
-    assert "no image" in page.content
-    assert all((a["src"] or "").startswith("data:image/png;base64,iVBOR") for tag, a in page.tags if tag == "img")
+    found = shown([run])
+    assert "no image" in found.content
+    assert all((a["src"] or "").startswith("data:image/png;base64,iVBOR") for tag, a in found.tags if tag == "img")
 
 
 def test_the_least_run_has_a_page(write_run, tmp_path):
     assert "final loss" in read(write_report([write_run(rows=[train_row(1)])], tmp_path / "out")).content
 
 
-def test_notes_are_shown(write_run, tmp_path):
+def test_notes_are_shown(write_run):
     run = write_run(rows=[train_row(1), train_row(2, loss=float("nan"))])
-    assert "the loss is not finite at 1 of 2 steps" in read(write_report([run], tmp_path / "out")).content
+    assert "the loss is not finite at 1 of 2 steps" in shown([run]).content
 
 
 def test_equal_runs_give_equal_files(rich, write_run, tmp_path):

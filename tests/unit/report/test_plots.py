@@ -107,7 +107,7 @@ def test_awkward_runs_are_drawn_without_a_warning(write_run, rows):
 
 @pytest.mark.filterwarnings("error")
 def test_any_name_can_be_drawn(write_run):
-    names = ["_hidden", "a$b$c", "$\\frac{1", "名前", "x" * 150]
+    names = ["_hidden", "a$b$c", "$\\frac{1$", "名前", "x" * 150]
     plots = draw(read_runs([write_run(name, BARE[:3]) for name in names]))
     assert pixels(plots[0].png).std() > 0
 

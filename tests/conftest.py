@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.helpers import colour_shards, tiny_arch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test writes into the user's cache or into the checkout."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CLIPQ_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> list[str]:
+    """Five shards of unequal length, 73 samples in all."""
+    return colour_shards(tmp_path / "data", [20, 11, 17, 5, 20])
+
+
+@pytest.fixture
+def arch(tmp_path: Path) -> Path:
+    return tiny_arch(tmp_path)

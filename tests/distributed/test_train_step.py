@@ -1,0 +1,100 @@
+"""The trainer's own step on two processes against one with the whole batch: loss, gradients, weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tests.helpers import TINY_ARCH, colour_shards, run_distributed, tiny_arch
+
+from clipq.build import build_run
+from clipq.config.hydra import register, to_job
+from clipq.config.schema import TrainJob
+from clipq.dist.env import distributed
+from clipq.log.console import Console
+from clipq.train.loop import Run, train_step
+
+STEPS = 4
+
+
+def job_in(folder: Path) -> TrainJob:
+    from hydra import compose, initialize_config_dir
+
+    from clipq.config.hydra import configs_dir
+
+    register({})
+    with initialize_config_dir(str(configs_dir()), version_base="1.3"):
+        cfg = compose(
+            "train",
+            [
+                f"model.name={folder}/tiny.json",
+                f"data.shards={folder}/*.tar",
+                "name=x",
+                "batch_size=12",
+                "backend=fp32",
+                f"steps={STEPS}",
+                "optim.clip_norm=1.0",
+            ],
+        )
+    return to_job(cfg, TrainJob)
+
+
+def whole_batches() -> list[dict[str, torch.Tensor]]:
+    g = torch.Generator().manual_seed(1)
+    length = TINY_ARCH["text_cfg"]["context_length"]
+    return [
+        {
+            "image": torch.randint(0, 256, (12, 3, 16, 16), generator=g, dtype=torch.uint8),
+            "text": torch.randint(1, 49408, (12, length), generator=g, dtype=torch.int32),
+        }
+        for _ in range(STEPS)
+    ]
+
+
+def train_on(run: Run) -> dict[str, Any]:
+    """A few steps on this rank's part of the batches; also the gradient of the first, which `train_step` clears."""
+    gradients: dict[str, torch.Tensor] = {}
+    hook = run.state.optimizer.register_step_pre_hook(
+        lambda *_: gradients.update({n: p.grad.clone() for n, p in run.state.model.named_parameters()})
+    )
+    losses = []
+    per_rank = 12 // run.env.world_size
+    mine = slice(run.env.rank * per_rank, (run.env.rank + 1) * per_rank)
+    for batch in whole_batches():
+        losses.append(train_step(run, {k: v[mine] for k, v in batch.items()}, lr=1e-3)[0])
+        hook.remove()
+    weights = {n: p.detach().clone() for n, p in run.state.model.named_parameters()}
+    return {"losses": torch.stack(losses), "gradients": gradients, "weights": weights}
+
+
+def rank_of_two(folder: str) -> None:
+    with distributed("cpu") as env:
+        run = build_run(job_in(Path(folder)), env, Path(folder) / "run", "", Console(enabled=False))
+        torch.save(train_on(run), f"{folder}/{env.rank}.pt")
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    colour_shards(tmp_path, [30, 30])
+    tiny_arch(tmp_path)
+    run_distributed(rank_of_two, 2, str(tmp_path))
+    ranks = [torch.load(tmp_path / f"{r}.pt") for r in range(2)]
+    with distributed("cpu") as env:
+        run = build_run(job_in(tmp_path), env, tmp_path / "run1", "", Console(enabled=False))
+        start = {n: p.detach().clone() for n, p in run.state.model.named_parameters()}
+        one = train_on(run)
+
+    mean_loss = (ranks[0]["losses"] + ranks[1]["losses"]) / 2
+    torch.testing.assert_close(mean_loss, one["losses"], rtol=1e-5, atol=1e-5)
+    assert set(one["gradients"]) == set(start)
+    for name, expected in one["gradients"].items():
+        scale = expected.abs().max()
+        assert scale > 0, name
+        for rank in ranks:
+            assert (rank["gradients"][name] - expected).abs().max() <= 1e-5 * max(scale, 1e-2), name
+    for name, expected in one["weights"].items():
+        assert torch.equal(ranks[0]["weights"][name], ranks[1]["weights"][name]), name
+        if name.endswith("attn.in_proj.bias"):
+            continue  # the key's bias has a gradient of rounding noise alone, which AdamW turns into whole steps
+        moved = (expected - start[name]).norm()
+        assert (ranks[0]["weights"][name] - expected).norm() <= 1e-2 * moved, name

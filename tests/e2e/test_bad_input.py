@@ -1,0 +1,142 @@
+"""Mistakes that people make, and what they are told: one message, exit code 2, before any model is built."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from tests.helpers import colour_samples, colour_shards, command, tiny_arch, write_shard
+
+import clipq.build
+from clipq.cli import eval as eval_command
+from clipq.cli import train as train_command
+
+MISTAKES = {
+    "unknown setting": (["optim.lrr=1"], ["optim.lrr: no such setting", "Did you mean optim.lr?", "weight_decay"]),
+    "added setting": (["+optim.foo=1"], ["optim.foo: no such setting", "optim has: name, lr"]),
+    "added at the top": (["+new=1"], ["new: no such setting", "steps"]),
+    "added below a value": (["++optim.x.y=1"], ["optim.x: no such setting"]),
+    "wrong type": (["steps=many"], ["steps: Value 'many'", "Integer", "Optimizer steps of the whole run"]),
+    "wrong choice": (["backend.precision=bf15"], ["backend.precision", "bf16, fp16, fp32"]),
+    "unknown option": (
+        ["model=vit_b_33"],
+        ["model=vit_b_33: no such option", "Did you mean model=vit_b_32?", "vit_h_14"],
+    ),
+    "unknown group": (["modle=vit_b_32"], ["modle: no such setting", "Did you mean model?"]),
+    "unreadable override": (["steps=[1"], ["cannot read the override 'steps=[1'", "key=value"]),
+    "no data": (["data=webdataset"], ["data.shards is not set", "Training shards"]),
+    "no root": (["data=tiny_imagenet"], ["data.root is not set"]),
+    "missing shard": (["data.shards=no/{00..03}.tar"], ["no shard matches 'no/00.tar'", "no/{00..03}.tar"]),
+    "empty glob": (["data.shards=no/*.tar"], ["no shard matches 'no/*.tar'"]),
+    "folder for shards": (["data.shards=data"], ["data is a folder", "data/*.tar"]),
+    "shard twice": (["data.shards=[data/00000.tar,data/00000.tar]"], ["data/00000.tar is named twice"]),
+    "negative steps": (["steps=0"], ["steps=0: expected 1 or more"]),
+    "warm-up too long": (["steps=10", "schedule.warmup=20"], ["schedule.warmup=20", "steps=10", "lower them"]),
+    "cooldown without its schedule": (["schedule.cooldown=5"], ["constant_cooldown"]),
+    "crop larger than the image": (["data.augment.scale=[0.5,1.5]"], ["data.augment.scale", "1.0"]),
+    "negative learning rate": (["optim.lr=-1"], ["optim.lr=-1", "positive"]),
+    "fp16 on a CPU": (["backend=fp16", "device=cpu"], ["backend=fp16 needs a CUDA GPU", "backend=bf16"]),
+    "name with a slash": (["name=a/b"], ["name='a/b'", "runs="]),
+    "unknown model": (["model.name=ViT-B-23"], ["ViT-B-23", "ViT-B-32"]),
+    "layer scale on a ResNet": (["model.name=RN50", "model.layer_scale_init=0.0"], ["layer_scale_init", "RN50"]),
+    "missing weights": (["model.pretrained=no.pt"], ["no.pt"]),
+    "caption field": (["data.caption.field=text"], ["data.caption.field='text'", "json.NAME"]),
+    "task without class names": (
+        ["eval=zero_shot", "eval.tasks.zero_shot.shards=data/00000.tar"],
+        ["eval.tasks.zero_shot.classnames is not set"],
+    ),
+    "unknown class list": (
+        [
+            "eval=zero_shot",
+            "eval.tasks.zero_shot.shards=data/00000.tar",
+            "eval.tasks.zero_shot.classnames=openclip:imagnet",
+        ],
+        ["openclip:imagnet", "openclip:imagenet"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    colour_shards(folder / "data", [12, 12])
+    tiny_arch(folder)
+    return folder
+
+
+def fails(
+    main: object, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> str:
+    monkeypatch.setattr(sys, "argv", ["clipq-train", *arguments])
+    with pytest.raises(SystemExit) as exit_code:
+        main()  # pyright: ignore
+    assert exit_code.value.code == 2
+    shown = capsys.readouterr()
+    assert "Traceback" not in shown.err
+    assert shown.err.startswith("clipq-train: ")
+    return shown.err
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_is_explained(
+    mistake: str, world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides, expected = MISTAKES[mistake]
+    monkeypatch.chdir(world)
+    needs_model = any(o.startswith("model.") for o in overrides)
+    if not needs_model:
+        monkeypatch.setattr(clipq.build, "build_model", lambda config: pytest.fail("a model was built"))
+    arguments = list(overrides)
+    if not any(o.startswith(("data=", "data.shards")) for o in overrides):
+        arguments.append("data.shards=data/*.tar")
+    message = fails(train_command.main, arguments, monkeypatch, capsys)
+    for part in expected:
+        assert part in message, message
+    assert len(message) < 1500
+    assert not (world / "runs").exists() or not list((world / "runs").glob("*/checkpoints/*"))
+
+
+def test_batch_not_divisible(world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(world)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    arguments = ["data.shards=data/*.tar", "batch_size=16"]
+    message = fails(train_command.main, arguments, monkeypatch, capsys)
+    assert "batch_size=16 is not divisible by the 3 processes" in message
+    assert "15" in message
+    message = fails(train_command.main, [*arguments, "batch_size=15", "parallel=none"], monkeypatch, capsys)
+    assert "parallel=none with 3 processes" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["checkpoint=no/run", "eval=imagenet", "eval.root=/data"], ["checkpoint=no/run: no such file"]),
+        (["eval=imagenet", "eval.root=/data"], ["checkpoint is not set", "a run folder"]),
+        (["checkpoint=x"], ["eval has no tasks", "eval=tiny_imagenet"]),
+        (["checkpoint=tiny.json", "eval=imagenet", "eval.root=/data"], ["tiny.json"]),
+        (["checkpoint=x", "eval=imagenette", "eval.root=/data"], ["eval=imagenette: no such option", "imagenet"]),
+    ],
+)
+def test_evaluation_mistakes(
+    arguments: list[str],
+    expected: list[str],
+    world: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(world)
+    message = fails(eval_command.main, arguments, monkeypatch, capsys)
+    for part in expected:
+        assert part in message, message
+
+
+def test_shards_without_captions_end_the_run(tmp_path: Path) -> None:
+    """A data set whose members have other names would filter every sample: it must not look like a hang."""
+    samples = [{"png": s["png"], "caption": s["txt"]} for s in colour_samples(20)]
+    write_shard(tmp_path / "data" / "0.tar", samples)
+    arguments = [f"model.name={tiny_arch(tmp_path)}", "data.shards=data/*.tar", "batch_size=4", "data.workers=1"]
+    done = command("train", *arguments, cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert "has no sample with jpg;jpeg;png;webp and txt" in done.stderr
+    assert "caption, png" in done.stderr

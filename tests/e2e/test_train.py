@@ -1,0 +1,162 @@
+"""clipq-train as a user runs it: from shards to a checkpoint, killed and resumed, on two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.helpers import colour_shards, command, free_port, read_metrics, tiny_arch
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    colour_shards(folder / "data", [40, 31, 57, 25, 47])
+    tiny_arch(folder)
+    return folder
+
+
+def overrides(world: Path, *more: str) -> list[str]:
+    return [
+        f"model.name={world}/tiny.json",
+        f"data.shards={world}/data/*.tar",
+        "data.shuffle=64",
+        "data.workers=2",
+        "batch_size=16",
+        "steps=30",
+        "schedule.warmup=5",
+        "optim.lr=1e-3",
+        "backend=fp32",
+        "log.every=5",
+        "checkpoint.every=10",
+        "eval=zero_shot",
+        f"eval.tasks.zero_shot.shards={world}/data/*.tar",
+        f"eval.tasks.zero_shot.classnames={world}/data/classnames.txt",
+        f"eval.tasks.zero_shot.templates={world}/data/templates.txt",
+        "eval.workers=1",
+        *more,
+    ]
+
+
+def train_rows(folder: Path) -> list[tuple]:
+    keys = ("step", "samples", "lr", "loss", "logit_scale")
+    return [tuple(row[k] for k in keys) for row in read_metrics(folder)]
+
+
+@pytest.fixture(scope="module")
+def whole_run(world: Path) -> Path:
+    """30 steps without interruption."""
+    command("train", *overrides(world, "name=whole"), cwd=world)
+    return world / "runs" / "whole"
+
+
+def test_run_folder(whole_run: Path, world: Path) -> None:
+    rows = read_metrics(whole_run)
+    assert [r["step"] for r in rows] == list(range(1, 31))
+    assert rows[-1]["samples"] == 480
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    (evaluation,) = read_metrics(whole_run, "eval")
+    assert evaluation["metrics"]["images"] == 200
+    assert evaluation["metrics"]["chance"] == 0.25
+    examples = json.loads((whole_run / "examples" / "zero_shot.json").read_text())
+    assert len(examples["examples"]) == 12
+    assert (whole_run / "logs" / "rank_0.log").read_text().count("saved") == 3
+    assert sorted(p.name for p in (whole_run / "checkpoints").iterdir()) == ["step_00000020", "step_00000030"]
+    environment = json.loads((whole_run / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__
+    assert (whole_run / "config.yaml").read_text().count("steps: 30")
+    assert not (world / "outputs").exists()  # Hydra's own folder
+
+
+def test_openclip_loads_the_checkpoint(whole_run: Path, world: Path) -> None:
+    open_clip.add_model_config(world / "tiny.json")
+    weights = whole_run / "checkpoints" / "step_00000030" / "model.safetensors"
+    theirs = open_clip.create_model("tiny", pretrained=str(weights))
+    for key, value in load_file(weights).items():
+        torch.testing.assert_close(theirs.state_dict()[key], value)
+
+
+def test_killed_run_goes_on_as_if_nothing_had_happened(whole_run: Path, world: Path) -> None:
+    """Kill -9 between two checkpoints; metrics and weights then equal those of the run that was left alone."""
+    folder = world / "runs" / "killed"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "clipq.cli.train", *overrides(world, "name=killed", "log.every=1")],
+        cwd=world,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (folder / "metrics.jsonl").exists() and len(read_metrics_of_live_run(folder)) >= 13:
+            break
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert 13 <= len(read_metrics_of_live_run(folder)) < 30, "the kill came too late to show anything"
+    # what a kill in the middle of a save leaves behind
+    (folder / "checkpoints" / ".part_step_00000020").mkdir(exist_ok=True)
+
+    done = command("train", *overrides(world, "name=killed"), cwd=world)
+    assert "resumed from" in done.stdout
+    assert train_rows(folder) == train_rows(whole_run)
+    last = "checkpoints/step_00000030"
+    ours, theirs = (load_file(f / last / "model.safetensors") for f in (folder, whole_run))
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        assert torch.equal(ours[key], theirs[key]), key
+    assert not list((folder / "checkpoints").glob(".part*"))
+
+
+def read_metrics_of_live_run(folder: Path) -> list[str]:
+    return [line for line in (folder / "metrics.jsonl").read_text().split("\n")[:-1] if '"train"' in line]
+
+
+def test_finished_run_says_so(whole_run: Path, world: Path) -> None:
+    before = (whole_run / "metrics.jsonl").read_text()
+    done = command("train", *overrides(world, "name=whole"), cwd=world)
+    assert "has done its 30 steps" in done.stdout
+    assert (whole_run / "metrics.jsonl").read_text() == before
+
+
+def test_resume_refuses_what_does_not_fit(whole_run: Path, world: Path) -> None:
+    done = command("train", *overrides(world, "name=whole", "batch_size=32"), cwd=world, check=False)
+    assert done.returncode == 2
+    assert "batch_size: 16 -> 32" in done.stderr
+    done = command("train", *overrides(world, "name=whole", "resume=never"), cwd=world, check=False)
+    assert done.returncode == 2
+    assert "resume=never" in done.stderr
+
+
+def test_two_processes_make_one_run(whole_run: Path, world: Path) -> None:
+    """Two processes make one run: one folder, one voice, a log file each. (test_train_step.py compares the numbers.)"""
+    port = free_port()
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)),
+            *("-m", "clipq.cli.train", *overrides(world, "name=two", "steps=10", "data.workers=1")),
+        ],
+        cwd=world,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    folder = world / "runs" / "two"
+    assert [r["step"] for r in read_metrics(folder)] == list(range(1, 11))
+    assert done.stdout.count("step 10/10") == 1, "only rank 0 talks"
+    assert "Traceback" not in done.stderr
+    assert sorted(p.name for p in (folder / "logs").iterdir()) == ["rank_0.log", "rank_1.log"]
+    (evaluation,) = read_metrics(folder, "eval")
+    assert evaluation["metrics"]["images"] == 200
