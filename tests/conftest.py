@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from tests.helpers import colour_shards, tiny_arch
 
 torch.set_num_threads(1)

@@ -217,7 +217,8 @@ def _profiler(run: Run) -> AbstractContextManager[Any]:
     """torch's profiler over the steps asked for; its trace opens in Perfetto or TensorBoard."""
     if run.profile is None:
         return nullcontext()
-    skipped = max(0, run.profile[0] - run.state.step - 1)
+    before = max(0, run.profile[0] - run.state.step - 1)
+    warmup = min(1, before)  # the profiler's own start-up then falls outside of what is recorded
     active = run.profile[1] - run.profile[0] + 1
     activities = [torch.profiler.ProfilerActivity.CPU]
     if run.env.device.type == "cuda":
@@ -231,6 +232,6 @@ def _profiler(run: Run) -> AbstractContextManager[Any]:
 
     return torch.profiler.profile(
         activities=activities,
-        schedule=torch.profiler.schedule(skip_first=skipped, wait=0, warmup=0, active=active, repeat=1),
+        schedule=torch.profiler.schedule(skip_first=before - warmup, wait=0, warmup=warmup, active=active, repeat=1),
         on_trace_ready=save,
     )

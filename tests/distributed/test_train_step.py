@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.helpers import TINY_ARCH, colour_shards, run_distributed, tiny_arch
 
 from clipq.build import build_run
 from clipq.config.hydra import register, to_job
@@ -14,6 +13,7 @@ from clipq.config.schema import TrainJob
 from clipq.dist.env import distributed
 from clipq.log.console import Console
 from clipq.train.loop import Run, train_step
+from tests.helpers import TINY_ARCH, colour_shards, run_distributed, tiny_arch
 
 STEPS = 4
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tests.helpers import run_distributed
 
 from clipq.dist.env import distributed
 from clipq.dist.gather import all_gather_with_grad, gather_objects, gather_rows
 from clipq.loss.contrastive import contrastive_loss
+from tests.helpers import run_distributed
 
 
 def whole_batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

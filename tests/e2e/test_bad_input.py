@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.helpers import colour_samples, colour_shards, command, tiny_arch, write_shard
 
 import clipq.build
 from clipq.cli import eval as eval_command
 from clipq.cli import train as train_command
+from tests.helpers import colour_samples, colour_shards, command, tiny_arch, write_shard
 
 MISTAKES = {
     "unknown setting": (["optim.lrr=1"], ["optim.lrr: no such setting", "Did you mean optim.lr?", "weight_decay"]),

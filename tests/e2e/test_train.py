@@ -14,6 +14,7 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file
+
 from tests.helpers import colour_shards, command, free_port, read_metrics, tiny_arch
 
 

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from clipq.config.hydra import _quote_braces, field_docs, run
+from clipq.config.schema import OptimConfig, TrainJob
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("data.shards=/d/{00000..00099}.tar", 'data.shards="/d/{00000..00099}.tar"'),
+        ("data.shards=/d/{a,b}/{0..9}.tar", 'data.shards="/d/{a,b}/{0..9}.tar"'),
+        ("data.shards='/d/{0..9}.tar'", "data.shards='/d/{0..9}.tar'"),
+        ("data.shards=[a.tar,b.tar]", "data.shards=[a.tar,b.tar]"),
+        ("+x={a: 1, b: 2}", "+x={a: 1, b: 2}"),
+        ("steps=5", "steps=5"),
+        ("--cfg", "--cfg"),
+    ],
+)
+def test_shard_ranges_need_no_quotes(argument: str, expected: str) -> None:
+    assert _quote_braces(argument) == expected
+
+
+def test_job_as_the_program_sees_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = ["data.shards=/d/{00..03}.tar", "optim.beta2=0.95", "model=vit_l_14", "schedule=constant", "steps=7"]
+    monkeypatch.setattr(sys, "argv", ["clipq-train", *overrides])
+    seen = []
+    run(TrainJob, "train", lambda job, yaml: seen.append((job, yaml)))
+    ((job, yaml),) = seen
+    assert job.data.shards == "/d/{00..03}.tar"
+    assert job.optim.beta2 == 0.95
+    assert isinstance(job.optim, OptimConfig)
+    assert job.name == "ViT-L-14-webdataset"
+    assert "beta2: 0.95" in yaml
+
+
+def test_field_docs_are_the_strings_beneath() -> None:
+    assert field_docs(OptimConfig)["lr"] == "Peak learning rate."

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from clipq.dist.env import DistEnv
+from clipq.model.clip import create_model
+from clipq.train.checkpoint import Checkpoints, load, newest
+from clipq.train.state import TrainState
+
+ENV = DistEnv(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"))
+LOADER = {"workers": 2, "world_size": 1}
+
+
+def new_state(arch: Path, seed: int) -> TrainState:
+    torch.manual_seed(seed)
+    model = create_model(str(arch)).model
+    return TrainState(
+        model, torch.optim.AdamW(model.parameters(), fused=True), torch.amp.GradScaler("cpu", enabled=False)
+    )
+
+
+def step(state: TrainState) -> float:
+    """One optimizer step on random input from torch's generator, so that the generator's state shows too."""
+    out = state.model(torch.randn(4, 3, 16, 16), torch.randint(1, 100, (4, 8)))
+    loss = (out["image_features"] - out["text_features"]).square().sum() * out["logit_scale"]
+    loss.backward()
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    state.step += 1
+    return loss.item()
+
+
+def checkpoints(folder: Path, **options: int) -> Checkpoints:
+    settings = {"every": 0, "minutes": 0, "keep_last": 2, "keep_every": 0} | options
+    return Checkpoints(folder, ENV, config="steps: 1\n", **settings)  # pyright: ignore
+
+
+def test_loaded_state_goes_on_exactly(arch: Path, tmp_path: Path) -> None:
+    state = new_state(arch, seed=0)
+    for _ in range(3):
+        step(state)
+    state.samples, state.seconds = 12, 3.5
+    checkpoints(tmp_path / "c").save(state, loader=LOADER)
+    expected = [step(state) for _ in range(3)]
+
+    other = new_state(arch, seed=1)
+    found = newest(tmp_path / "c")
+    assert found is not None
+    assert load(found, other, ENV) == LOADER
+    assert (other.step, other.samples, other.seconds) == (3, 12, 3.5)
+    assert [step(other) for _ in range(3)] == expected
+
+
+def test_which_are_kept(arch: Path, tmp_path: Path) -> None:
+    state = new_state(arch, seed=0)
+    saver = checkpoints(tmp_path / "c", keep_last=2, keep_every=20)
+    for state.step in (10, 20, 30, 40, 50, 60, 70):
+        saver.save(state, loader=LOADER)
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == [f"step_{s:08d}" for s in (20, 40, 60, 70)]
+
+
+def test_due() -> None:
+    saver = checkpoints(Path("c"), every=10)
+    assert [s for s in range(1, 31) if saver.due(s, ask_clock=True)] == [10, 20, 30]
+    by_clock = checkpoints(Path("c"), minutes=1)
+    assert not by_clock.due(5, ask_clock=True)
+    by_clock._saved_at -= 61
+    assert by_clock.due(5, ask_clock=True)
+    assert not by_clock.due(5, ask_clock=False)
+
+
+def test_failed_write_leaves_what_was_there(arch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = new_state(arch, seed=0)
+    saver = checkpoints(tmp_path / "c")
+    state.step = 1
+    saver.save(state, loader=LOADER)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    state.step = 2
+    with pytest.raises(OSError, match=r"step_00000002.*No space left.*is the disk full"):
+        saver.save(state, loader=LOADER)
+    assert [p.name for p in (tmp_path / "c").iterdir()] == ["step_00000001"]
+
+
+class Evil:
+    def __reduce__(self):
+        return (Path.touch, (Path("pwned"),))
+
+
+def test_pickled_objects_are_not_run(arch: Path, tmp_path: Path) -> None:
+    state = new_state(arch, seed=0)
+    checkpoints(tmp_path / "c").save(state, loader=LOADER)
+    found = newest(tmp_path / "c")
+    assert found is not None
+    with zipfile.ZipFile(found / "state.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(Evil()))
+        archive.writestr("archive/version", "3")
+    with pytest.raises(ValueError, match=r"state\.pt cannot be read"):
+        load(found, state, ENV)
+    assert not Path("pwned").exists()
+
+
+def test_only_whole_checkpoints_are_found(tmp_path: Path) -> None:
+    for name in ("step_00000010", ".part_step_00000020", "step_30", "step_00000009"):
+        (tmp_path / name).mkdir()
+    found = newest(tmp_path)
+    assert found is not None
+    assert found.name == "step_00000010"
+    assert newest(tmp_path / "none") is None
