@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -25,9 +26,9 @@ def test_shape_of_every_schedule(schedule: Schedule) -> None:
     rates = [schedule(step) for step in range(1, schedule.steps + 1)]
     assert all(0 < r <= schedule.peak * (1 + 1e-12) for r in rates) or schedule.final == 0
     warm = rates[: schedule.warmup]
-    assert all(math.isclose(b - a, schedule.peak / schedule.warmup, rel_tol=1e-6) for a, b in zip(warm, warm[1:]))  # noqa: B905
+    assert all(math.isclose(b - a, schedule.peak / schedule.warmup, rel_tol=1e-6) for a, b in pairwise(warm))
     after = rates[max(0, schedule.warmup - 1) :]
-    assert all(b <= a * (1 + 1e-12) for a, b in zip(after, after[1:])), "falls or stays after the warm-up"  # noqa: B905
+    assert all(b <= a * (1 + 1e-12) for a, b in pairwise(after)), "falls or stays after the warm-up"
     if schedule.warmup:
         assert rates[schedule.warmup - 1] == pytest.approx(schedule.peak)
 
