@@ -407,6 +407,7 @@ class TrainJob:
     def __post_init__(self) -> None:
         _require(self.steps >= 1, f"steps={self.steps}: expected 1 or more")
         _require(self.batch_size >= 2, f"batch_size={self.batch_size}: a contrast needs at least 2 pairs")
+        _require(self.seed >= 0, f"seed={self.seed}: expected 0 or more")
         _require(self.max_logit_scale >= 1, f"max_logit_scale={self.max_logit_scale}: expected 1 or more")
         s = self.schedule
         _require(

@@ -6,6 +6,7 @@ PIL transform, so that its numbers are those of the field's tools.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -18,45 +19,98 @@ import numpy as np
 import simplejpeg
 import torch
 import torchvision.transforms.v2.functional as TF
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
 from clipq.data.shards import Sample, member
+
+MAX_PIXELS = 1024**3 // 12
+"""Larger images are refused: a file of a few kB can unpack to gigabytes. Pillow warns from this size on."""
 
 
 def decode_pil(data: bytes) -> Image.Image:
     """Encoded image -> RGB PIL image, turned upright by its EXIF orientation; transparency on white.
 
     Raises:
-        ValueError: not an image that Pillow can read.
+        ValueError: not an image that Pillow can read, or one of more than `MAX_PIXELS`.
     """
     try:
         image = Image.open(io.BytesIO(data))
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} accepted")
+        if image.format == "EPS":
+            raise ValueError("EPS is a program, which Pillow would run, and no image")
         image.load()
-    except Exception as error:
+        _turn_upright(image)
+        return _to_rgb(image)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"not an image of a known format ({len(data)} bytes, at first {data[:12]!r})") from error
+    except Exception as error:  # Pillow's readers raise errors of many kinds on damaged files
         raise ValueError(f"cannot decode the image ({len(data)} bytes): {error}") from error
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("P", "PA", "LA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+
+
+def _turn_upright(image: Image.Image) -> None:
+    # A damaged EXIF block, which raises errors of many kinds, says nothing about the picture.
+    with contextlib.suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        # 16 bits a pixel, the upper eight of which make the picture; convert() would clip at 255.
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        # Their range is not known: values outside of 0 to 255 are brought into it.
+        grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        low, high = min(0.0, grey.min()), max(255.0, grey.max())
+        return Image.fromarray(((grey - low) / (high - low) * 255).round().astype(np.uint8)).convert("RGB")
+    if image.mode in ("P", "PA", "LA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    elif image.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
-        # convert("L") would clip 16-bit values at 255
-        grey = np.asarray(image, dtype=np.float64)
-        image = Image.fromarray((grey / max(256.0, grey.max() + 1) * 256).astype(np.uint8))
     return image.convert("RGB")
 
 
 def decode_rgb(data: bytes) -> np.ndarray:
-    """Encoded image -> RGB array [height, width, 3], uint8, as `decode_pil` but several times faster on plain JPEG."""
-    # EXIF needs its orientation applied and stands near the start; simplejpeg reads grey and YCbCr files as RGB,
-    # and refuses CMYK.
-    if data[:2] == b"\xff\xd8" and b"Exif\0\0" not in data[:4096]:
+    """Encoded image -> RGB array [height, width, 3], uint8, as `decode_pil` but faster on most JPEG files.
+
+    Raises:
+        ValueError: as `decode_pil`.
+    """
+    if _is_upright_jpeg(data):
         try:
-            return simplejpeg.decode_jpeg(data, "RGB")
+            height, width, *_ = simplejpeg.decode_jpeg_header(data)
+            if int(height) * int(width) <= MAX_PIXELS:
+                return simplejpeg.decode_jpeg(data, "RGB")
         except ValueError:
-            pass
+            pass  # Pillow reads some that libjpeg-turbo warns of, and knows what is wrong with the others
     return np.asarray(decode_pil(data))
+
+
+def _is_upright_jpeg(data: bytes) -> bool:
+    """Whether this is a JPEG that EXIF or XMP does not ask to turn, as far as the segments before the picture say."""
+    if data[:2] != b"\xff\xd8":
+        return False
+    at = 2
+    while data[at : at + 1] == b"\xff" and at + 4 <= len(data):
+        marker, end = data[at + 1], at + 2 + (data[at + 2] << 8 | data[at + 3])
+        if marker == 0xDA:  # start of scan: what follows is the picture
+            return True
+        if marker == 0xE1 and _may_turn(data[at + 4 : end]):
+            return False
+        at = end
+    return False
+
+
+def _may_turn(segment: bytes) -> bool:
+    if segment.startswith(b"Exif\0\0"):
+        try:
+            exif = Image.Exif()
+            exif.load(segment)
+            return exif.get(ExifTags.Base.Orientation, 1) != 1
+        except Exception:  # damaged: Pillow decides
+            return True
+    return b"Orientation" in segment
 
 
 @dataclass(frozen=True)
@@ -97,8 +151,8 @@ class TrainTransform:
             w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if 0 < w <= width and 0 < h <= height:
                 return rng.randint(0, height - h), rng.randint(0, width - w), h, w
-        w = min(width, round(height * self.ratio[1]))
-        h = min(height, round(width / self.ratio[0]))
+        w = min(width, max(1, round(height * self.ratio[1])))
+        h = min(height, max(1, round(width / self.ratio[0])))
         return (height - h) // 2, (width - w) // 2, h, w
 
     def _jitter(self, image: Tensor, rng: random.Random) -> Tensor:
@@ -153,7 +207,7 @@ class Captions:
         name = self.source.partition(".")[2]
         try:
             record: Any = json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"sample {sample['__key__']}: its json member cannot be read: {error}") from error
         found = record.get(name) if isinstance(record, dict) else None
         if isinstance(found, str) or (isinstance(found, list) and all(isinstance(c, str) for c in found)):

@@ -93,8 +93,14 @@ class ImageFolder:
         for label, folder in enumerate(self.classes()):
             for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES):
                 if number % lanes == lane:
-                    yield str(path), path.read_bytes(), label
+                    yield self._sample(path, label)
                 number += 1
+
+    def _sample(self, path: Path, label: int) -> tuple[str, bytes, Any]:
+        try:
+            return str(path), path.read_bytes(), label
+        except OSError as error:  # no permission, a dangling link, a folder of such a name
+            return str(path), b"", ValueError(str(error))
 
 
 @dataclass(frozen=True)

@@ -78,27 +78,23 @@ class TrainStream(IterableDataset):
         return self.tokenizer([caption])[0].to(torch.int32)
 
     def _batch(self, raw: list[Sample], rng: random.Random, encode: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        images, texts = [], []
+        pairs: list[tuple[Tensor, Tensor] | None] = []
         for sample in raw:
             try:
                 data = member(sample, self.image)
                 assert data is not None  # shuffled_samples lets no other sample through
-                image, text = self.transform(data, rng), encode(self.captions.one(sample, rng))
+                pairs.append((self.transform(data, rng), encode(self.captions.one(sample, rng))))
             except ValueError as error:
                 log.warning("sample %s of %s left out: %s", sample["__key__"], sample["__url__"], error)
-                continue
-            images.append(image)
-            texts.append(text)
-        if not images:
+                pairs.append(None)
+        good = [pair for pair in pairs if pair is not None]
+        if not good:
             raise ValueError(
                 f"none of the {len(raw)} samples of a batch could be read; "
                 f"the last was {raw[-1]['__key__']} of {raw[-1]['__url__']} (see the warnings before)"
             )
-        # A sample that cannot be read is replaced by another of its batch: the positions of all others stay the same.
-        for _ in range(len(raw) - len(images)):
-            i = rng.randrange(len(images))
-            images.append(images[i])
-            texts.append(texts[i])
+        # A sample that cannot be read is replaced by another of its batch: all others keep their places.
+        images, texts = zip(*(pair or rng.choice(good) for pair in pairs), strict=True)
         return {"image": torch.stack(images), "text": torch.stack(texts)}
 
 
@@ -126,6 +122,9 @@ def make_loader(
         pin_memory=pin_memory,
         worker_init_fn=_one_thread if workers else None,
         multiprocessing_context=_start_method() if workers else None,
+        # Without one of its own the loader draws a number from the global generator, which dropout draws from too: a
+        # resumed run would have other masks than an uninterrupted one.
+        generator=torch.Generator(),
     )
 
 

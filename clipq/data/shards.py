@@ -10,15 +10,17 @@ from __future__ import annotations
 import glob
 import logging
 import random
+import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import braceexpand
 import numpy as np
 from webdataset.gopen import gopen
-from webdataset.tariterators import group_by_keys, tar_file_iterator
+from webdataset.tariterators import group_by_keys
 
 log = logging.getLogger(__name__)
 
@@ -26,33 +28,43 @@ Sample = dict[str, Any]
 """Member extension -> bytes, and `__key__`."""
 
 
+_META = re.compile(r"__[^/]*__($|/)")
+"""Member names that webdataset reserves for what is no sample."""
+
+
 def expand(patterns: str | list[str]) -> list[str]:
     """Shard names that a path, a `{00000..00099}` range, a glob, or a list of these stand for.
 
     Raises:
         FileNotFoundError: a pattern without a match, or a file that does not exist.
-        ValueError: the same shard twice.
+        ValueError: the same shard twice, or no pattern at all.
     """
     names: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         for name in braceexpand.braceexpand(pattern):
             names += _matches(name, pattern)
-    twice = {n for n in names if names.count(n) > 1} if len(set(names)) < len(names) else set()
-    if twice:
-        raise ValueError(f"shard {min(twice)} is named twice: each shard counts once a pass")
+    if not names:
+        raise ValueError("no shards are named: expected a path, a pattern or a list of them")
+    name, times = Counter(names).most_common(1)[0]
+    if times > 1:
+        often = "twice" if times == 2 else f"{times} times"
+        raise ValueError(f"shard {name} is named {often}: each shard counts once a pass")
     return names
 
 
+def _is_url(name: str) -> bool:
+    return name.startswith("pipe:") or "://" in name
+
+
 def _matches(name: str, pattern: str) -> list[str]:
-    if name.startswith("pipe:") or "://" in name:
+    if _is_url(name):
         return [name]
-    if glob.has_magic(name):
-        found = sorted(glob.glob(str(Path(name).expanduser())))  # noqa: PTH207 (patterns may be absolute)
-    else:
-        path = Path(name).expanduser()
-        if path.is_dir():
-            raise FileNotFoundError(f"{name} is a folder: name its shards, as in {name.rstrip('/')}/*.tar")
-        found = [str(path)] if path.is_file() else []
+    path = Path(name).expanduser()
+    if path.is_dir():
+        raise FileNotFoundError(f"{name} is a folder: name its shards, as in {name.rstrip('/')}/*.tar")
+    if path.exists():  # before globbing, for names with brackets in them
+        return [str(path)]
+    found = sorted(f for f in glob.glob(str(path)) if Path(f).is_file())  # noqa: PTH207 (patterns may be absolute)
     if not found:
         raise FileNotFoundError(f"no shard matches {name!r}" + ("" if name == pattern else f" (from {pattern!r})"))
     return found
@@ -61,22 +73,51 @@ def _matches(name: str, pattern: str) -> list[str]:
 def read_shard(shard: str) -> Iterator[Sample]:
     """Samples of a .tar or .tar.gz in the order of the file, members grouped by their key.
 
-    A shard that cannot be opened or breaks off is logged with the number of samples read before, and ends there.
+    A shard that cannot be opened, is damaged or breaks off is logged with the number of samples read before, and ends
+    there.
     """
     count = 0
     try:
-        with gopen(shard) as stream:
+        # gopen takes a colon in a file name for the end of a scheme.
+        with gopen(shard) if _is_url(shard) else Path(shard).open("rb") as stream:
             for sample in group_by_keys(_members(shard, stream)):
                 count += 1
                 yield sample
-    except (OSError, EOFError, tarfile.TarError) as error:
+        if not count:
+            log.warning("shard %s holds no samples", shard)
+    except Exception as error:  # tarfile and the unpackers raise errors of many kinds on damaged files
         log.warning("shard %s: %s: %s; %d samples were read before", shard, type(error).__name__, error, count)
 
 
+class _Header(tarfile.TarInfo):
+    """A header whose damage is an error: tarfile itself takes it for the end of the archive, without a word."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(archive)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:  # pyright: ignore[reportAttributeAccessIssue]
+            raise tarfile.ReadError(f"the header at byte {archive.offset} is damaged: {error}") from error
+
+
 def _members(shard: str, stream: Any) -> Iterator[dict[str, Any]]:
-    for member in tar_file_iterator(stream):
-        member["__url__"] = shard
-        yield member
+    """{"fname", "data", "__url__"} of each file in an archive.
+
+    Raises:
+        tarfile.ReadError: the archive is damaged, or goes on after its end mark.
+    """
+    archive: Any = tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header)  # noqa: SIM115 (the caller's stream)
+    while (info := archive.next()) is not None:
+        archive.members = []  # it would keep every header
+        if info.issparse():
+            raise tarfile.ReadError(f"{info.name} is a sparse file, which can unpack to any size")
+        if info.isreg() and not _META.match(info.name):
+            yield {"fname": info.name, "data": archive.extractfile(info).read(), "__url__": shard}
+    if archive.fileobj.tell() == archive.offset:
+        log.warning("shard %s has no end mark: it may have been cut short", shard)
+    while rest := archive.fileobj.read(1 << 20):
+        if rest.strip(b"\0"):
+            raise tarfile.ReadError(f"there is an end mark at byte {archive.offset}, but the archive goes on after it")
 
 
 def visits(shards: list[str], *, seed: int, lane: int, lanes: int) -> Iterator[str]:
@@ -98,11 +139,15 @@ def shuffled_samples(
         wanted: alternatives of member extensions, each separated by semicolons; a sample counts that has one of each.
         buffer: samples held; 1 keeps the order of the shards.
 
+    A shard of which nothing can be read is passed over.
+
     Raises:
-        ValueError: a whole shard held no wanted sample, which would otherwise look like a hang.
+        ValueError: no sample of a shard has what is wanted, or a whole pass of shards is unreadable. Either would
+            otherwise look like a hang.
     """
     rng = random.Random(f"{seed} {lane} {lanes}")
     held: list[Sample] = []
+    unreadable = 0
     for shard in visits(shards, seed=seed, lane=lane, lanes=lanes):
         seen: set[str] = set()
         found = 0
@@ -120,10 +165,16 @@ def shuffled_samples(
                 yield sample
             else:
                 yield sample
-        if not found:
+        if seen and not found:
             raise ValueError(
                 f"shard {shard} has no sample with {' and '.join(wanted)}; its members are: "
-                f"{', '.join(sorted(seen)) or 'none'}. Check data.image and data.caption.field"
+                f"{', '.join(sorted(seen))}. Check data.image and data.caption.field"
+            )
+        unreadable = 0 if found else unreadable + 1
+        if unreadable == len(shards):
+            raise ValueError(
+                f"no sample could be read from {unreadable} shards in a row, the last of them {shard} "
+                "(see the warnings before)"
             )
 
 
@@ -138,12 +189,11 @@ def member(sample: Sample, extensions: str) -> bytes | None:
 def share_of_lane(shards: list[str], *, lane: int, lanes: int) -> Iterator[tuple[str, int, Sample]]:
     """Each sample of the shards exactly once over all lanes, for evaluation, as (shard, index in the shard, sample).
 
-    Whole shards are dealt out where there are enough for every lane, else the samples of each shard are.
+    A lane reads no more shards than it must: lanes that are more than the shards take turns with the samples of one.
     """
-    by_shard = len(shards) >= lanes
-    for number, shard in enumerate(shards):
-        if by_shard and number % lanes != lane:
-            continue
+    first = lane % len(shards)
+    sharing = range(first, lanes, len(shards))
+    for shard in shards[first::lanes]:
         for index, sample in enumerate(read_shard(shard)):
-            if by_shard or index % lanes == lane:
+            if index % len(sharing) == sharing.index(lane):
                 yield shard, index, sample

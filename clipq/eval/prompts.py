@@ -14,9 +14,11 @@ TEMPLATES = {"openclip:imagenet": OPENAI_IMAGENET_TEMPLATES, "openclip:simple": 
 def read_classnames(where: str) -> list[str]:
     """Class names from a file, a name a line (line n, from 0, names class n), or from `CLASSNAMES`.
 
+    Two classes may have the same name, as two pairs of ImageNet's do.
+
     Raises:
         FileNotFoundError: neither a file nor a known list.
-        ValueError: no names, a blank line between names, or a name twice.
+        ValueError: no names, a blank line between names, or no UTF-8.
     """
     names = list(CLASSNAMES[where]) if where in CLASSNAMES else _lines(where, list(CLASSNAMES))
     blank = [n for n, name in enumerate(names) if not name]
@@ -49,24 +51,26 @@ def prompts(classname: str, templates: Sequence[str]) -> list[str]:
 
 
 def subset_indices(where: str, classnames: Sequence[str]) -> list[int]:
-    """Class numbers of the names in a file.
+    """Numbers of the classes that a file names, each once and in order; all classes of a name where several have it.
 
     Raises:
         ValueError: a name that is no class.
     """
-    index = {name: n for n, name in enumerate(classnames)}
-    names = read_classnames(where)
-    unknown = [n for n in names if n not in index]
-    if unknown:
-        raise ValueError(f"{where}: {unknown[0]!r} is not one of the {len(classnames)} class names")
-    return [index[n] for n in names]
+    names, known = set(read_classnames(where)), set(classnames)
+    if not names <= known:
+        raise ValueError(f"{where}: {min(names - known)!r} is not one of the {len(classnames)} class names")
+    return [number for number, name in enumerate(classnames) if name in names]
 
 
 def _lines(where: str, known: list[str]) -> list[str]:
     path = Path(where).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"{where}: no such file; expected a text file or one of {', '.join(known)}")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # Windows editors begin a file with a byte-order mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: expected a text file in UTF-8: {error}") from error
+    lines = [line.strip() for line in text.splitlines()]
     while lines and not lines[-1]:
         lines.pop()
     if not lines:

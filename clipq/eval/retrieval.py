@@ -19,7 +19,7 @@ def recalls(image_ID: Tensor, text_TD: Tensor, image_of_text_T: Tensor, chunk: i
 
     An image is found at k if one of its own texts is among the k nearest texts; a text, if its image is among the k
     nearest images. What ties with the right answer counts as nearer, so that a model whose features have all become
-    equal scores 0.
+    equal, or NaN, scores 0.
 
     Args:
         image_ID: [I, D] unit-norm image features.
@@ -33,13 +33,13 @@ def recalls(image_ID: Tensor, text_TD: Tensor, image_of_text_T: Tensor, chunk: i
         similarity = image_ID[first : first + chunk] @ text_TD.T
         own = numbers[first : first + chunk, None] == image_of_text_T[None, :]
         best_own = similarity.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
-        before = ((similarity >= best_own) & ~own).sum(1)
+        before = (~(similarity < best_own) & ~own).sum(1)  # so that NaN counts as nearer too
         for k in AT:
             found[f"image_to_text_r{k}"] += int((before < k).sum())
     for first in range(0, text_TD.shape[0], chunk):
         similarity = text_TD[first : first + chunk] @ image_ID.T
         right = similarity.gather(1, image_of_text_T[first : first + chunk, None])
-        before = (similarity >= right).sum(1) - 1
+        before = (~(similarity < right)).sum(1) - 1
         for k in AT:
             found[f"text_to_image_r{k}"] += int((before < k).sum())
     of = {"image_to_text": image_ID.shape[0], "text_to_image": text_TD.shape[0]}

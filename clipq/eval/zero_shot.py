@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipq.data.evalset import Source
-from clipq.dist.gather import gather_rows
+from clipq.dist.gather import gather_objects, gather_rows
 from clipq.eval.common import Encoder, EvalResult, ExampleKeeper
 from clipq.eval.prompts import prompts
 
@@ -57,14 +57,17 @@ class ZeroShot:
             weights_CD = build_classifier(encoder, self.classnames, self.templates)
             n = len(self.classnames)
             device = encoder.env.device
-            # per class: images, right at 1, right within 5; one row more, of which the first entry counts faults
-            counts = torch.zeros(4, n, dtype=torch.long, device=device)
+            counts = torch.zeros(3, n, dtype=torch.long, device=device)  # per class: images, right at 1, right within 5
+            failed, strange = 0, None
             keeper = ExampleKeeper(self.examples if encoder.env.is_main else 0, encoder.mean, encoder.std)
             for batch in encoder.batches(self.source, self.task):
-                counts[3, 0] += batch["failed"]
+                failed += batch["failed"]
+                strange = next((c for c in batch["target"] if not 0 <= c < n), None)
+                if strange is not None:
+                    break
                 if not batch["target"]:
                     continue
-                labels = self._labels(batch["target"]).to(device)
+                labels = torch.tensor(batch["target"], device=device)
                 logits_BC = encoder.images(batch["image"]) @ weights_CD.T
                 best = logits_BC.topk(min(5, n), dim=1).indices
                 right = best == labels[:, None]
@@ -73,21 +76,21 @@ class ZeroShot:
                 counts[1].index_add_(0, labels, right[:, 0].long())
                 counts[2].index_add_(0, labels, right.any(1).long())
                 self._offer(keeper, batch["image"], labels, logits_BC)
+            # Raised on every rank, where one alone would leave the others waiting.
+            faults = gather_objects((failed, strange))
+            if any(label is not None for _, label in faults):
+                label = next(label for _, label in faults if label is not None)
+                raise ValueError(
+                    f"evaluation {self.task}: an image has class {label}, but the {n} class names are of classes 0 to "
+                    f"{n - 1}; are they of another data set?"
+                )
             if encoder.env.is_distributed:
                 dist.all_reduce(counts)
-        return EvalResult(self.task, "zero_shot", self._metrics(counts.cpu()), self._examples(keeper))
+        metrics = self._metrics(counts.cpu(), sum(f for f, _ in faults))
+        return EvalResult(self.task, "zero_shot", metrics, self._examples(keeper))
 
-    def _labels(self, target: list[int]) -> Tensor:
-        labels = torch.tensor(target, dtype=torch.long)
-        if int(labels.min()) < 0 or int(labels.max()) >= len(self.classnames):
-            raise ValueError(
-                f"evaluation {self.task}: an image has class {int(labels.max())}, but there are "
-                f"{len(self.classnames)} class names; are they of another data set?"
-            )
-        return labels
-
-    def _metrics(self, counts: Tensor) -> dict[str, float]:
-        images, top1, top5 = (c.double() for c in counts[:3])
+    def _metrics(self, counts: Tensor, failed: int) -> dict[str, float]:
+        images, top1, top5 = counts.double()
         total = images.sum().item()
         if total == 0:
             raise ValueError(f"evaluation {self.task}: no image could be read")
@@ -98,7 +101,7 @@ class ZeroShot:
             "mean_per_class": (top1[occurs] / images[occurs]).mean().item(),
             "chance": 1 / len(self.classnames),
             "images": int(total),
-            "failed": int(counts[3, 0]),
+            "failed": failed,
         }
         if len(self.classnames) <= 5:
             del metrics["top5"]  # it would be 1 whatever the model

@@ -1,0 +1,56 @@
+"""What only a GPU shows: compiled blocks under autocast, loss scaling, asynchronous batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.helpers import command, read_metrics
+
+from clipq.cli.train import train_job  # noqa: F401  (imports without a GPU too)
+
+pytestmark = pytest.mark.gpu
+
+
+def losses(world: Path, name: str, *overrides: str) -> list[float]:
+    command(
+        "train",
+        *("model.name=tiny.json", "data.shards=data/*.tar", "batch_size=16", "steps=20", "schedule.warmup=3"),
+        *(f"name={name}", "data.workers=2", "data.shuffle=64", "optim.lr=1e-3", "log.every=5", *overrides),
+        cwd=world,
+    )
+    return [row["loss"] for row in read_metrics(world / "runs" / name)]
+
+
+def test_precisions_and_compilation_agree(arch: Path, shards: list[str], tmp_path: Path) -> None:
+    reference = torch.tensor(losses(tmp_path, "fp32", "backend=fp32", "backend.compile=off"))
+    compiled = torch.tensor(losses(tmp_path, "fp32_compiled", "backend=fp32"))
+    bf16 = torch.tensor(losses(tmp_path, "bf16"))
+    fp16 = torch.tensor(losses(tmp_path, "fp16", "backend=fp16"))
+    assert reference[-1] < reference[0]
+    assert (compiled - reference).abs().max() < 1e-2
+    for other in (bf16, fp16):
+        assert 1e-5 < (other - reference).abs().max() < 0.2, "equal means that autocast did nothing"
+    resumed = losses(tmp_path, "bf16", "steps=25")
+    assert resumed[:20] == bf16.tolist()
+    assert len(resumed) == 25
+
+
+def test_blocks_are_really_compiled(arch: Path, shards: list[str]) -> None:
+    from torch._dynamo.utils import counters
+
+    from clipq.build import compile_blocks
+    from clipq.config.schema import BackendConfig
+    from clipq.dist.env import distributed
+    from clipq.model.clip import create_model
+
+    counters.clear()
+    with distributed("cuda") as env:
+        clip = create_model(str(arch))
+        clip.model.cuda()
+        compile_blocks(clip.model, BackendConfig(), env)
+        clip.model(torch.randn(4, 3, 16, 16, device="cuda"), torch.ones(4, 8, dtype=torch.long, device="cuda"))
+    # one graph for the two image blocks, one for the text block
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
