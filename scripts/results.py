@@ -1,8 +1,8 @@
 """Keeps measured results in docs/benchmarks/ as JSON, and the README's tables as what those files say.
 
-    python scripts/results.py record runs/tiny_imagenet --name tiny_imagenet_h200 --title "Tiny ImageNet, ViT-S/8, 64 px"
-    python scripts/results.py readme            # rewrites the tables of README.md
-    python scripts/results.py readme --check    # fails where they differ
+python scripts/results.py record runs/tiny_imagenet --name tiny_imagenet_h200 --title "Tiny ImageNet, ViT-S/8"
+python scripts/results.py readme            # rewrites the tables of README.md
+python scripts/results.py readme --check    # fails where they differ
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _accuracy(values: dict[str, float]) -> str:
     }
     parts = []
     for key, value in values.items():
-        task, _, metric = key.partition("/")
+        _, _, metric = key.partition("/")
         if not metric or value is None:
             continue
         if metric in shown:

@@ -34,9 +34,10 @@ TEXTURES = {
     "checkered": (("checkered", "chequered"), ("with a checkered pattern", "with checks")),
 }
 # name -> radius as a share of the picture's side, smallest and largest; ways to say it
+# (a medium size goes unmentioned)
 SIZES = {
-    "small": ((0.25, 0.29), ("small", "little", "tiny")),
-    "medium": ((0.31, 0.35), ()),
+    "small": ((0.26, 0.30), ("small", "little", "tiny")),
+    "medium": ((0.32, 0.36), ()),
     "large": ((0.38, 0.44), ("large", "big", "huge")),
 }
 # name -> value of its darkest and lightest tone, ways to say it
@@ -49,6 +50,17 @@ FRAMES = (
     "{}", "{}", "{}", "a picture of {}", "an image of {}", "a drawing of {}", "there is {}", "this is {}",
     "this picture shows {}", "we see {}", "{} drawn by a computer",
 )  # fmt: skip
+# How often a caption says what it need not say.
+SAYS_SIZE = 0.25
+SAYS_TEXTURE = 0.35
+SAYS_PLAIN = 0.2
+SAYS_PLACE = 0.2
+SAYS_BACKGROUND = 0.1
+SAYS_RELATION = 0.6
+# How often it leaves out what it mostly says; never both.
+OMITS_COLOUR = 0.03
+OMITS_SHAPE = 0.02
+
 OVERSAMPLING = 3
 """Shapes are drawn this many times larger and averaged down, which smooths their edges."""
 
@@ -68,10 +80,6 @@ class Thing:
     angle: float
     """Rotation in radians."""
 
-    @property
-    def combination(self) -> str:
-        return f"{self.colour} {self.shape}"
-
 
 @dataclass(frozen=True)
 class Scene:
@@ -87,15 +95,12 @@ def sample_scene(rng: Random, combinations: list[tuple[str, str]], *, pairs: flo
         radius = rng.uniform(*SIZES[size][0])
         x, y = (rng.uniform(radius, 1 - radius) for _ in range(2))
         return Scene((_sample_thing(rng, rng.choice(combinations), size, radius, x, y),), background)
+    beside, near, level = rng.random() < 0.5, rng.uniform(0.25, 0.27), rng.uniform(0.36, 0.64)
     things = []
-    across, along = rng.uniform(0.35, 0.65), rng.uniform(0.23, 0.27)
-    beside = rng.random() < 0.5
-    for i, combination in enumerate(rng.sample(combinations, 2)):
-        radius = rng.uniform(0.20, 0.25)
-        place = (along, across + rng.uniform(-0.1, 0.1))
-        x, y = place if beside else place[::-1]
-        things.append(_sample_thing(rng, combination, "small", radius, x, y))
-        along = 1 - along if i == 0 else along
+    for along, combination in zip((near, 1 - near), rng.sample(combinations, 2), strict=True):
+        across = level + rng.uniform(-0.1, 0.1)
+        x, y = (along, across) if beside else (across, along)
+        things.append(_sample_thing(rng, combination, "small", rng.uniform(0.20, 0.25), x, y))
     return Scene(tuple(things), background)
 
 
@@ -103,7 +108,7 @@ def _sample_thing(rng: Random, combination: tuple[str, str], size: str, radius: 
     colour, shape = combination
     texture = rng.choice(list(TEXTURES))
     # A square on its corner would be a diamond: shapes lean, they don't turn.
-    angle = rng.uniform(-0.30, 0.30)
+    angle = rng.uniform(-0.25, 0.25)
     return Thing(colour, shape, texture, size, x, y, radius, angle)
 
 
@@ -112,12 +117,12 @@ def describe(rng: Random, scene: Scene) -> str:
     if len(scene.things) == 1:
         text = _thing_words(rng, scene.things[0])
         place = _place_words(rng, scene.things[0])
-        if place and rng.random() < 0.4:
+        if place and rng.random() < SAYS_PLACE:
             text += f" {place}"
     else:
         first, second = rng.sample(scene.things, 2)
         text = f"{_thing_words(rng, first)} {_relation_words(rng, first, second)} {_thing_words(rng, second)}"
-    if rng.random() < 0.2:
+    if rng.random() < SAYS_BACKGROUND:
         text += f" on a {rng.choice(BACKGROUNDS[scene.background][1])} background"
     text = rng.choice(FRAMES).format(text)
     if rng.random() < 0.3:
@@ -128,23 +133,19 @@ def describe(rng: Random, scene: Scene) -> str:
 def _thing_words(rng: Random, thing: Thing) -> str:
     before: list[str] = []
     behind = ""
-    # A caption need not name everything, but names the colour or the shape.
-    colour, noun = thing.colour, thing.shape
-    blur = rng.random()
-    if blur < 0.05:
-        colour = ""
-    elif blur < 0.10:
-        noun = rng.choice(["shape", "figure", "thing"])
-    if colour:
-        before.append(colour)
-    if rng.random() < (0.2 if thing.texture == "plain" else 0.6):
+    omits = rng.random()
+    if omits >= OMITS_COLOUR:
+        before.append(thing.colour)
+    omits_shape = OMITS_COLOUR <= omits < OMITS_COLOUR + OMITS_SHAPE
+    noun = rng.choice(["shape", "figure", "thing"]) if omits_shape else thing.shape
+    if rng.random() < (SAYS_PLAIN if thing.texture == "plain" else SAYS_TEXTURE):
         words_before, words_behind = TEXTURES[thing.texture]
         if rng.random() < 0.75:
             before.insert(len(before) if rng.random() < 0.25 else 0, rng.choice(words_before))
         else:
             behind = f" {rng.choice(words_behind)}"
     size_words = SIZES[thing.size][1]
-    if size_words and rng.random() < 0.4:
+    if size_words and rng.random() < SAYS_SIZE:
         before.insert(0, rng.choice(size_words))
     words = " ".join([*before, noun]) + behind
     article = rng.choice(["a", "a", "a", "a", "the", "one"])
@@ -168,7 +169,7 @@ def _place_words(rng: Random, thing: Thing) -> str:
 
 
 def _relation_words(rng: Random, first: Thing, second: Thing) -> str:
-    if rng.random() < 0.4:
+    if rng.random() >= SAYS_RELATION:
         return rng.choice(["and", "next to", "with", "beside"])
     dx, dy = first.x - second.x, first.y - second.y
     if abs(dx) > abs(dy):
@@ -223,7 +224,7 @@ def _draw_thing(rng: Random, image: Image.Image, thing: Thing) -> None:
     )
     # The pattern is a much lighter or much darker tone of the same colour.
     towards = rng.choice([0.0, 1.0])
-    ink = [0.4 * c + 0.6 * towards for c in rgb]
+    ink = [(c + towards) / 2 for c in rgb]
     mask = _shape_mask(thing, side)
     image.paste(_bytes(rgb), mask=mask.reduce(OVERSAMPLING))
     if thing.texture != "plain":

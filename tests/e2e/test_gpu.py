@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.helpers import command, read_metrics
 
-from clipq.cli.train import train_job  # noqa: F401  (imports without a GPU too)
+from tests.helpers import command, read_metrics
 
 pytestmark = pytest.mark.gpu
 
