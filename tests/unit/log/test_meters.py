@@ -23,7 +23,7 @@ def test_flops_are_those_of_the_shapes(arch: Path) -> None:
     # what follows the class token and the end token: one product each with the projection
     projections = 2 * 32 * 16 + 2 * 16 * 16
     expected = 3 * (patches + tower(32, 5, 2) + tower(16, 8, 1) + projections)
-    assert flops_per_pair(clip.model, (16, 16), 8) == pytest.approx(expected, rel=0.02)
+    assert flops_per_pair(clip.model, (16, 16), 8) == pytest.approx(expected, rel=1e-6)
 
 
 def test_counting_changes_nothing(arch: Path) -> None:
@@ -52,10 +52,10 @@ def test_meter_counts_training_time_only() -> None:
         time.sleep(0.1)
     time.sleep(0.1)
     with meter.paused():
-        time.sleep(0.3)
+        time.sleep(0.8)
     meter.count(50)
     row = meter.interval()
-    assert 100.2 <= meter.seconds() < 100.29
+    assert 100.2 <= meter.seconds() < 100.7
     assert 0.3 < row["data_wait"] < 0.6  # pyright: ignore
     assert 150 < row["images_per_second"] <= 250  # pyright: ignore
     assert row["mfu"] is None
