@@ -1,8 +1,8 @@
 """Keeps measured results in docs/benchmarks/ as JSON, and the README's tables as what those files say.
 
-python scripts/results.py record runs/tiny_imagenet --name tiny_imagenet_h200 --title "Tiny ImageNet, ViT-S/8"
-python scripts/results.py readme            # rewrites the tables of README.md
-python scripts/results.py readme --check    # fails where they differ
+results.py record runs/demo --name demo_cpu --title "Built-in set" --command "clipq-train experiment=demo"
+results.py readme            # rewrites the tables of README.md
+results.py readme --check    # fails where they differ
 """
 
 from __future__ import annotations
@@ -21,14 +21,21 @@ FOLDER = ROOT / "docs" / "benchmarks"
 BEGIN, END = "<!-- results: made by scripts/results.py -->", "<!-- end of results -->"
 
 
-def record(run: Path, name: str, title: str) -> Path:
-    """Writes the numbers of a finished run folder to docs/benchmarks/<name>.json."""
+def record(run: Path, name: str, title: str, command: str, commit: str | None) -> Path:
+    """Writes the numbers of a finished run folder to docs/benchmarks/<name>.json.
+
+    Command and commit say what was run; the folder's own configuration stays out, for its paths are of one machine.
+    """
     data = read_run(run)
-    environment = data.environment
+    environment = {**data.environment, "command": command}
+    if commit is not None:
+        environment["commit"] = commit
+    if not environment["commit"] or environment["commit"].endswith("+"):
+        raise SystemExit(f"{run}: made from code without a commit; commit first, or name one with --commit")
     values = {line.key: line.values[0] for line in compare([data])}
     path = FOLDER / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"title": title, "kind": "run", "environment": environment, "config": data.config, "values": values}
+    content = {"title": title, "kind": "run", "environment": environment, "values": values}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path
 
@@ -81,15 +88,17 @@ def readme(*, check: bool) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="action", required=True)
     recorder = commands.add_parser("record")
     recorder.add_argument("run", type=Path)
     recorder.add_argument("--name", required=True)
     recorder.add_argument("--title", required=True)
+    recorder.add_argument("--command", required=True, help="what a reader types to get the same")
+    recorder.add_argument("--commit", help="for a run on a machine that had the code without its history")
     commands.add_parser("readme").add_argument("--check", action="store_true")
     args = parser.parse_args()
-    if args.command == "record":
-        print(record(args.run, args.name, args.title))
+    if args.action == "record":
+        print(record(args.run, args.name, args.title, args.command, args.commit))
         return 0
     return readme(check=args.check)
 

@@ -28,6 +28,7 @@ def build_classifier(encoder: Encoder, classnames: list[str], templates: list[st
         chosen = mine[first : first + at_a_time]
         texts = [t for c in chosen for t in prompts(classnames[c], templates)]
         features.append(encoder.texts(texts).view(len(chosen), len(templates), -1).mean(1))
+        encoder.status(f"classifier: {first + len(chosen):,} of {len(mine):,} class names on this rank")
     width = features[0].shape[1] if features else int(encoder.texts(["a"]).shape[1])
     weights = torch.cat(features) if features else torch.empty(0, width, device=env.device)
     everyone = gather_rows(F.normalize(weights, dim=-1))

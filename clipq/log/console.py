@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from pathlib import Path
 from typing import Any, TextIO
 
 CLEAR_LINE = "\r\x1b[2K"
+SILENT_SECONDS = 60
 
 
 class Console:
@@ -22,6 +24,7 @@ class Console:
         self._enabled = enabled
         self._live = self._stream.isatty()
         self._open_line = False
+        self._last_line = time.monotonic()
 
     def progress(self, row: dict[str, Any], *, steps: int, seconds_per_step: float) -> None:
         """The state of the run after a step, from a metrics row with its speed fields."""
@@ -31,13 +34,18 @@ class Console:
         self._stream.write(f"{CLEAR_LINE}{line}" if self._live else f"{line}\n")
         self._stream.flush()
         self._open_line = self._live
+        self._last_line = time.monotonic()
 
     def status(self, text: str) -> None:
-        """What is going on, on a terminal only: gone with the next line."""
-        if self._enabled and self._live:
+        """What is going on: gone with the next line. Elsewhere than on a terminal, a line after each silent minute."""
+        if not self._enabled:
+            return
+        if self._live:
             self._stream.write(CLEAR_LINE + text)
             self._stream.flush()
             self._open_line = True
+        elif time.monotonic() - self._last_line >= SILENT_SECONDS:
+            self.message(text)
 
     def message(self, text: str) -> None:
         """A line that stays."""
@@ -46,6 +54,7 @@ class Console:
         self._stream.write((CLEAR_LINE if self._open_line else "") + text + "\n")
         self._stream.flush()
         self._open_line = False
+        self._last_line = time.monotonic()
 
     def close(self) -> None:
         """Ends the live line."""

@@ -87,7 +87,7 @@ def environment(device: torch.device, world_size: int) -> dict[str, Any]:
     return {
         "clipq": clipq.__version__,
         "commit": _commit(),
-        "command": shlex.join(sys.argv),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "torch": torch.__version__,

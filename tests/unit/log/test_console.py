@@ -4,6 +4,8 @@ import io
 import logging
 from pathlib import Path
 
+import pytest
+
 from clipq.log.console import CLEAR_LINE, Console, format_duration, setup_logging
 
 ROW = {
@@ -46,6 +48,17 @@ def test_file_or_pipe_gets_plain_lines() -> None:
     lines = out.getvalue().splitlines()
     assert len(lines) == 3
     assert lines[2] == "saved"
+
+
+def test_elsewhere_than_on_a_terminal_a_silent_minute_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("clipq.log.console.time.monotonic", lambda: now)
+    out = io.StringIO()
+    console = Console(stream=out)
+    for second in range(0, 200, 10):
+        now = float(second)
+        console.status(f"after {second} s")
+    assert out.getvalue().splitlines() == ["after 60 s", "after 120 s", "after 180 s"]
 
 
 def test_terminal_rewrites_the_live_line_and_keeps_messages() -> None:
