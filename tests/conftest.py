@@ -21,7 +21,7 @@ def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _own_logging() -> Iterator[None]:
-    """A trainer run within a test leaves its handlers, which write to that test's output and keep records from others."""
+    """A trainer run within a test leaves handlers behind, which write to that test's output."""
     yield
     for name in ("clipq", "py.warnings"):
         logger = logging.getLogger(name)
