@@ -35,7 +35,7 @@ from clipq.config.schema import (
 from clipq.data.decode import Captions, TrainTransform
 from clipq.data.evalset import CaptionedShards, ImageFolder, LabelledShards
 from clipq.data.loader import TrainStream, default_workers, make_loader
-from clipq.data.shards import expand
+from clipq.data.shards import DataError, check_members, expand
 from clipq.dist.env import DistEnv
 from clipq.eval.common import Encoder, Evaluator
 from clipq.eval.prompts import read_classnames, read_templates, subset_indices
@@ -237,13 +237,17 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
     """
     torch.manual_seed(job.seed)
     with reported_as_config_error():
-        expand(job.data.shards)
+        check_members(expand(job.data.shards), (job.data.image, build_captions(job.data.caption).member))
         evaluators = build_evaluators(job.eval)
         clip = build_model(job.model)
     if getattr(clip.model, "logit_bias", None) is not None:
         raise ConfigError(
             f"model.name={job.model.name}: a SigLIP model, whose loss is not the contrastive softmax of clipq"
         )
+    decoder: nn.Module | None = getattr(clip.model, "text_decoder", None)
+    if decoder is not None:
+        decoder.requires_grad_(False)
+        log.warning("text_decoder is not trained: clipq has CoCa's contrastive loss, not its captioning loss")
     for line in clip.report.lines():
         log.info("%s", line)
     flops = flops_per_pair(clip.model, clip.preprocess.size, clip.context_length)
@@ -316,4 +320,8 @@ def _batches(stream: TrainStream, workers: int, prefetch: int, env: DistEnv, ste
     loader = make_loader(
         stream.starting_at(step), workers=workers, prefetch=prefetch, pin_memory=env.device.type == "cuda"
     )
-    return iter(loader)
+    try:
+        yield from loader
+    except DataError as error:
+        # DataLoader puts the traceback of its worker process into the message.
+        raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None

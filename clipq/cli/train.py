@@ -42,9 +42,10 @@ def train_job(job: TrainJob, yaml: str) -> None:
 
 def _train(job: TrainJob, yaml: str, env: DistEnv) -> None:
     from clipq.build import build_run, build_writers
+    from clipq.data.shards import DataError
     from clipq.log.console import Console, setup_logging
     from clipq.log.folder import environment, flatten_yaml, write_folder
-    from clipq.train.loop import train, write
+    from clipq.train.loop import NonFiniteLossError, train, write
 
     folder = Path(job.runs) / job.name
     differing = _changes_since_checkpoint(job, folder, yaml)
@@ -69,6 +70,11 @@ def _train(job: TrainJob, yaml: str, env: DistEnv) -> None:
         for writer in training.writers:
             writer.close()
         log.info("finished: %s", folder)
+    except ConfigError:
+        raise
+    except (NonFiniteLossError, DataError) as error:
+        log.error("%s", error)
+        raise SystemExit(1) from error
     except Exception:
         # into the log file of this rank too; the interpreter prints it
         log.exception("the run ended with an error")

@@ -75,17 +75,33 @@ def run(kind: type[Job], config_name: str, function: Callable[[Job, str], None],
     sys.argv[1:] = [_quote_braces(a) for a in sys.argv[1:]]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing its own half of the story
 
+    jobs: list[tuple[Job, str]] = []
+
     @hydra.main(version_base="1.3", config_path=str(configs_dir()), config_name=config_name)
-    def app(cfg: DictConfig) -> None:
+    def compose(cfg: DictConfig) -> None:
         try:
-            function(to_job(cfg, kind), OmegaConf.to_yaml(cfg, resolve=True))
+            jobs.append((to_job(cfg, kind), OmegaConf.to_yaml(cfg, resolve=True)))
         except ConfigError as error:
             _fail(str(error))
 
     try:
-        app()
-    except (HydraException, OmegaConfBaseException) as error:
+        compose()
+        # Not within Hydra: its frames would stand above those of an error, and --multirun checks every job first.
+        _check_folders([job for job, _ in jobs])
+        for job, yaml in jobs:
+            function(job, yaml)
+    except (HydraException, OmegaConfBaseException, ConfigError) as error:
         _fail(_explain(error, kind))
+
+
+def _check_folders(jobs: list[Any]) -> None:
+    folders = [(job.runs, job.name) for job in jobs if isinstance(job, TrainJob)]
+    for runs, name in folders:
+        if folders.count((runs, name)) > 1:
+            raise ConfigError(
+                f"--multirun: more than one job would use the run folder {runs}/{name}: put what differs into the "
+                "name, as in 'name=lr_${optim.lr}' (with single quotes)"
+            )
 
 
 def _fail(message: str) -> typing.NoReturn:

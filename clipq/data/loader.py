@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from clipq.data.decode import Captions, TrainTransform
-from clipq.data.shards import Sample, member, shuffled_samples
+from clipq.data.shards import DataError, Sample, member, shuffled_samples
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class TrainStream(IterableDataset):
                 pairs.append(None)
         good = [pair for pair in pairs if pair is not None]
         if not good:
-            raise ValueError(
+            raise DataError(
                 f"none of the {len(raw)} samples of a batch could be read; "
                 f"the last was {raw[-1]['__key__']} of {raw[-1]['__url__']} (see the warnings before)"
             )

@@ -8,6 +8,7 @@ shard is dropped or repeated within a pass, for any number of shards and lanes.
 from __future__ import annotations
 
 import glob
+import itertools
 import logging
 import random
 import re
@@ -26,6 +27,10 @@ log = logging.getLogger(__name__)
 
 Sample = dict[str, Any]
 """Member extension -> bytes, and `__key__`."""
+
+
+class DataError(ValueError):
+    """Training cannot go on with this data; the message says which shard and why."""
 
 
 _META = re.compile(r"__[^/]*__($|/)")
@@ -142,7 +147,7 @@ def shuffled_samples(
     A shard of which nothing can be read is passed over.
 
     Raises:
-        ValueError: no sample of a shard has what is wanted, or a whole pass of shards is unreadable. Either would
+        DataError: no sample of a shard has what is wanted, or a whole pass of shards is unreadable. Either would
             otherwise look like a hang.
     """
     rng = random.Random(f"{seed} {lane} {lanes}")
@@ -166,16 +171,36 @@ def shuffled_samples(
             else:
                 yield sample
         if seen and not found:
-            raise ValueError(
-                f"shard {shard} has no sample with {' and '.join(wanted)}; its members are: "
-                f"{', '.join(sorted(seen))}. Check data.image and data.caption.field"
-            )
+            raise _not_wanted(shard, wanted, seen)
         unreadable = 0 if found else unreadable + 1
         if unreadable == len(shards):
-            raise ValueError(
+            raise DataError(
                 f"no sample could be read from {unreadable} shards in a row, the last of them {shard} "
                 "(see the warnings before)"
             )
+
+
+def check_members(shards: list[str], wanted: tuple[str, ...]) -> None:
+    """Looks at the first samples of the first shard that is a file, so that a wrong setting is found before training.
+
+    Raises:
+        DataError: none of 100 samples has a member of each of the alternatives in `wanted`.
+    """
+    seen: set[str] = set()
+    first = next((s for s in shards if not _is_url(s)), None)
+    for sample in itertools.islice(read_shard(first), 100) if first else ():
+        if all(member(sample, w) is not None for w in wanted):
+            return
+        seen.update(k for k in sample if not k.startswith("__"))
+    if first and seen:
+        raise _not_wanted(first, wanted, seen)
+
+
+def _not_wanted(shard: str, wanted: tuple[str, ...], seen: set[str]) -> DataError:
+    return DataError(
+        f"shard {shard} has no sample with {' and '.join(wanted)}; its members are: {', '.join(sorted(seen))}. "
+        "Check data.image and data.caption.field"
+    )
 
 
 def member(sample: Sample, extensions: str) -> bytes | None:

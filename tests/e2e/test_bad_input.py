@@ -131,12 +131,19 @@ def test_evaluation_mistakes(
         assert part in message, message
 
 
-def test_shards_without_captions_end_the_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("good_shards", "code"), [(0, 2), (1, 1)], ids=["before the model", "while training"])
+def test_shards_without_captions_end_the_run(tmp_path: Path, good_shards: int, code: int) -> None:
     """A data set whose members have other names would filter every sample: it must not look like a hang."""
-    samples = [{"png": s["png"], "caption": s["txt"]} for s in colour_samples(20)]
-    write_shard(tmp_path / "data" / "0.tar", samples)
+    samples = colour_samples(20)
+    renamed = [{"png": s["png"], "caption": s["txt"]} for s in samples]
+    write_shard(tmp_path / "data" / f"{good_shards}.tar", renamed)
+    for number in range(good_shards):
+        write_shard(tmp_path / "data" / f"{number}.tar", samples)
     arguments = [f"model.name={tiny_arch(tmp_path)}", "data.shards=data/*.tar", "batch_size=4", "data.workers=1"]
     done = command("train", *arguments, cwd=tmp_path, check=False)
-    assert done.returncode == 1
-    assert "has no sample with jpg;jpeg;png;webp and txt" in done.stderr
-    assert "caption, png" in done.stderr
+    assert done.returncode == code
+    said = done.stderr if code == 2 else done.stdout
+    assert f"{good_shards}.tar has no sample with jpg;jpeg;png;webp and txt" in said
+    assert "caption, png" in said
+    assert "Traceback" not in done.stdout + done.stderr
+    assert ("parameters" in done.stdout) == (code == 1), "the model is built where the first shard is good"

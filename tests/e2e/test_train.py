@@ -161,3 +161,23 @@ def test_two_processes_make_one_run(whole_run: Path, world: Path) -> None:
     assert sorted(p.name for p in (folder / "logs").iterdir()) == ["rank_0.log", "rank_1.log"]
     (evaluation,) = read_metrics(folder, "eval")
     assert evaluation["metrics"]["images"] == 200
+
+
+def test_multirun_trains_each_job_in_a_folder_of_its_own(world: Path) -> None:
+    jobs = ["--multirun", *overrides(world, "steps=6", "eval=none", "optim.lr=1e-3,1e-4")]
+    jobs = [j for j in jobs if not j.startswith("eval.")]
+    refused = command("train", *jobs, "name=sweep", cwd=world, check=False)
+    assert refused.returncode == 2
+    assert "more than one job would use the run folder runs/sweep" in refused.stderr
+    assert not (world / "runs" / "sweep" / "config.yaml").exists()
+    command("train", *jobs, "name=sweep_${optim.lr}", cwd=world)
+    rates = {p.name: read_metrics(p)[4]["lr"] for p in (world / "runs").glob("sweep_*")}
+    assert rates == {"sweep_0.001": 1e-3, "sweep_0.0001": 1e-4}
+
+
+def test_loss_that_goes_bad_ends_the_run_with_a_message(world: Path) -> None:
+    arguments = overrides(world, "optim.lr=1e9", "name=bad", "eval=none")
+    done = command("train", *(a for a in arguments if not a.startswith("eval.")), cwd=world, check=False)
+    assert done.returncode == 1
+    assert "lower optim.lr, lengthen schedule.warmup or set optim.clip_norm" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
