@@ -1,3 +1,4 @@
+# Not built by CI.
 # docker build -t clipq . && docker run --rm --gpus all -v "$PWD/runs:/clipq/runs" clipq clipq-train experiment=demo
 FROM python:3.12-slim-bookworm
 # Triton compiles a launcher at run time and needs a C compiler.
