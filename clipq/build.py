@@ -19,14 +19,16 @@ from clipq.config.hydra import configs_dir
 from clipq.config.schema import (
     BackendConfig,
     CaptionConfig,
-    Compile,
     ConfigError,
     DataConfig,
     EvalConfig,
+    Fp8,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
     Precision,
+    Recipe,
+    Switch,
     TaskConfig,
     TaskKind,
     TrainJob,
@@ -44,11 +46,13 @@ from clipq.eval.zero_shot import ZeroShot
 from clipq.log.console import Console
 from clipq.log.meters import flops_per_pair
 from clipq.log.writers import JsonlWriter, TensorBoardWriter, WandbWriter, Writer
+from clipq.lowp import convert_linears, get_recipe
 from clipq.model.clip import ClipModel, Preprocess, create_model
 from clipq.model.surgery import blocks
 from clipq.optim.groups import decay_groups
 from clipq.train.checkpoint import Checkpoints, load, newest
-from clipq.train.loop import Normalize, Run
+from clipq.train.graph import Graphed
+from clipq.train.loop import Normalize, Run, forward_backward
 from clipq.train.schedule import Schedule
 from clipq.train.state import TrainState
 
@@ -198,12 +202,37 @@ def parallelize(model: nn.Module, config: ParallelConfig, env: DistEnv) -> nn.Mo
     )
 
 
+FP8 = {Fp8.e4m3: torch.float8_e4m3fn, Fp8.e5m2: torch.float8_e5m2}
+
+
+def convert(model: nn.Module, config: BackendConfig) -> None:
+    """Turns the linear layers of clipq's blocks into those of the recipe, and says what became of which.
+
+    Raises:
+        ConfigError: the model has no such blocks.
+    """
+    if config.recipe is Recipe.bf16:
+        return
+    recipe = get_recipe(config.recipe.value)
+    if recipe.is_fp8:
+        recipe = recipe.with_formats(forward=FP8[config.fp8_forward], grad=FP8[config.fp8_grad])
+    inside = {f"{name}.{layer}" for name, block in blocks(model) for layer in block.linears()}
+    if not inside:
+        raise ConfigError(
+            f"backend.recipe={config.recipe.value}: no tower of this model has clipq's blocks, whose linear layers it "
+            "could convert: choose backend=bf16, or a ViT of OpenCLIP such as model=vit_b_32"
+        )
+    report = convert_linears(model, recipe, filter=lambda name, _: name in inside)
+    for line in report.lines():
+        log.info("%s", line)
+
+
 def compile_blocks(model: nn.Module, config: BackendConfig, env: DistEnv) -> None:
     """Compiles each residual block for itself: one graph that all blocks of a tower share, quick to compile.
 
     `forward` is replaced and not the module, so that names in the state dict stay and FSDP does not undo it.
     """
-    if config.compile is Compile.on or (config.compile is Compile.auto and env.device.type == "cuda"):
+    if config.compile is Switch.on or (config.compile is Switch.auto and env.device.type == "cuda"):
         # Both towers, training and odd batch sizes share the code of one forward, whose graphs torch counts together.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for _, block in blocks(model):
@@ -233,7 +262,7 @@ def build_writers(job: TrainJob, folder: Path, env: DistEnv, *, step: int, confi
 def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Console) -> Run:
     """Everything that `train` needs, at the step of the newest checkpoint in the run folder.
 
-    The order is: data (cheap to find wrong), model, checkpoint, parallel, compile, optimizer.
+    The order is: data (cheap to find wrong), model, conversion to the recipe, optimizer, checkpoint, parallel, compile.
     """
     torch.manual_seed(job.seed)
     with reported_as_config_error():
@@ -252,6 +281,7 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
         log.info("%s", line)
     flops = flops_per_pair(clip.model, clip.preprocess.size, clip.context_length)
     clip.model.to(env.device)
+    convert(clip.model, job.backend)
     optimizer = build_optimizer(clip.model, job.optim)
     fp16 = job.backend.precision is Precision.fp16
     state = TrainState(clip.model, optimizer, torch.amp.GradScaler(env.device.type, enabled=fp16))
@@ -272,7 +302,7 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
     resume(checkpoints, state, env, loader_info)
     model = parallelize(clip.model, job.parallel, env)
     compile_blocks(clip.model, job.backend, env)
-    return Run(
+    run = Run(
         env=env,
         state=state,
         model=model,
@@ -295,6 +325,23 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
         log_every=job.log.every,
         eval_every=job.eval.every,
         profile=(job.log.profile[0], job.log.profile[1]) if job.log.profile else None,
+    )
+    if wants_graph(job, clip, env):
+        run.graph = Graphed(
+            functools.partial(forward_backward, run), before_recording=optimizer.zero_grad, device=env.device
+        )
+    return run
+
+
+def wants_graph(job: TrainJob, clip: ClipModel, env: DistEnv) -> bool:
+    """Whether the step is recorded as a CUDA graph: `auto` is where every block is known to run without the host."""
+    if job.backend.cuda_graph is not Switch.auto:
+        return job.backend.cuda_graph is Switch.on
+    return (
+        env.device.type == "cuda"
+        and not env.is_distributed
+        and not job.model.grad_checkpointing
+        and not clip.report.kept
     )
 
 

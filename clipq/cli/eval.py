@@ -27,17 +27,15 @@ def main() -> None:
 
 def eval_job(job: EvalJob, _yaml: str) -> None:
     """Runs an evaluation on this process and those that torchrun started beside it."""
-    import torch
+    from clipq.dist.env import cuda_capability, distributed
 
-    from clipq.dist.env import distributed
-
-    check_backend(job.backend, device=job.device, cuda=torch.cuda.is_available())
+    check_backend(job.backend, device=job.device, capability=cuda_capability())
     with distributed(job.device.value, timeout_minutes=job.parallel.timeout_minutes) as env:
         _evaluate(job, env)
 
 
 def _evaluate(job: EvalJob, env: DistEnv) -> None:
-    from clipq.build import build_encoder, build_evaluators, build_model, reported_as_config_error
+    from clipq.build import build_encoder, build_evaluators, build_model, convert, reported_as_config_error
     from clipq.log.console import Console, setup_logging
     from clipq.log.folder import environment
 
@@ -48,6 +46,7 @@ def _evaluate(job: EvalJob, env: DistEnv) -> None:
         evaluators = build_evaluators(job.eval)
         clip = build_model(config)
     clip.model.to(env.device)
+    convert(clip.model, job.backend)
     log.info("evaluating %s (%s) on %s in %s", job.checkpoint, config.name, env.device, job.backend.precision.value)
     encoder = build_encoder(clip, job.backend, job.eval, env, console)
     results = [evaluator.run(encoder) for evaluator in evaluators]
@@ -107,6 +106,7 @@ def write_results(
         "checkpoint": job.checkpoint,
         "model": model.name,
         "precision": job.backend.precision.value,
+        "recipe": job.backend.recipe.value,
         "results": [{"task": r.task, "kind": r.kind, "metrics": r.metrics} for r in results],
         "environment": facts,
     }

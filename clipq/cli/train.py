@@ -31,11 +31,9 @@ def synthetic() -> str:
 
 def train_job(job: TrainJob, yaml: str) -> None:
     """Runs a job on this process and those that torchrun started beside it."""
-    import torch
+    from clipq.dist.env import cuda_capability, distributed, world_size_from_environment
 
-    from clipq.dist.env import distributed, world_size_from_environment
-
-    check(job, world_size=world_size_from_environment(), cuda=torch.cuda.is_available())
+    check(job, world_size=world_size_from_environment(), capability=cuda_capability())
     with distributed(job.device.value, timeout_minutes=job.parallel.timeout_minutes) as env:
         _train(job, yaml, env)
 

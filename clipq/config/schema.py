@@ -35,7 +35,26 @@ class Precision(Enum):
     fp32 = "fp32"
 
 
-class Compile(Enum):
+class Recipe(Enum):
+    bf16 = "bf16"
+    llm_int8 = "llm_int8"
+    switchback = "switchback"
+    switchback_m = "switchback_m"
+    switchback_r = "switchback_r"
+    switchback_q = "switchback_q"
+    fp8_sim = "fp8_sim"
+    switchback_fp8_sim = "switchback_fp8_sim"
+    fp8 = "fp8"
+    switchback_fp8 = "switchback_fp8"
+    int8_stochastic = "int8_stochastic"
+
+
+class Fp8(Enum):
+    e4m3 = "e4m3"
+    e5m2 = "e5m2"
+
+
+class Switch(Enum):
     auto = "auto"
     on = "on"
     off = "off"
@@ -184,8 +203,25 @@ class DataConfig:
 class BackendConfig:
     precision: Precision = Precision.bf16
     """Arithmetic of the towers: autocast to bf16 or fp16 over fp32 weights, or fp32 throughout."""
-    compile: Compile = Compile.auto
+    recipe: Recipe = Recipe.bf16
+    """How the linear layers inside of the transformer blocks multiply; bf16 leaves them to `precision`. See
+    docs/low_precision.md."""
+    fp8_forward: Fp8 = Fp8.e4m3
+    """fp8 type of activations and weights, for recipes of fp8."""
+    fp8_grad: Fp8 = Fp8.e5m2
+    """fp8 type of gradients, for recipes of fp8."""
+    compile: Switch = Switch.auto
     """torch.compile each block: auto compiles on CUDA only."""
+    cuda_graph: Switch = Switch.auto
+    """Record forward and backward of the training step as a CUDA graph, so that launches cost nothing: auto does it
+    with one process on one GPU, for models all of whose blocks are clipq's, without gradient checkpointing."""
+
+    def __post_init__(self) -> None:
+        _require(
+            "fp8" in self.recipe.value or (self.fp8_forward is Fp8.e4m3 and self.fp8_grad is Fp8.e5m2),
+            f"backend.fp8_forward and backend.fp8_grad with backend.recipe={self.recipe.value}: they are for recipes "
+            f"of fp8: {', '.join(r.value for r in Recipe if 'fp8' in r.value)}",
+        )
 
 
 @dataclass
@@ -447,7 +483,7 @@ class EvalJob:
         )
 
 
-def check(job: TrainJob, *, world_size: int, cuda: bool) -> None:
+def check(job: TrainJob, *, world_size: int, capability: tuple[int, int] | None) -> None:
     """Checks that look at the processes and the device.
 
     Raises:
@@ -462,17 +498,42 @@ def check(job: TrainJob, *, world_size: int, cuda: bool) -> None:
         job.parallel.strategy is not Strategy.none or world_size == 1,
         f"parallel=none with {world_size} processes: choose parallel=ddp, or start one process",
     )
-    check_backend(job.backend, device=job.device, cuda=cuda)
-
-
-def check_backend(backend: BackendConfig, *, device: Device, cuda: bool) -> None:
-    """Raises ConfigError where the device lacks what the backend needs."""
+    check_backend(job.backend, device=job.device, capability=capability)
     _require(
-        device is not Device.cuda or cuda,
+        job.backend.cuda_graph is not Switch.on
+        or (capability is not None and job.device is not Device.cpu and world_size == 1),
+        "backend.cuda_graph=on needs a CUDA GPU and a single process: choose backend.cuda_graph=auto",
+    )
+    _require(
+        job.backend.cuda_graph is not Switch.on or not job.model.grad_checkpointing,
+        "backend.cuda_graph=on with model.grad_checkpointing=true: recomputation cannot be recorded; choose one",
+    )
+
+
+def check_backend(backend: BackendConfig, *, device: Device, capability: tuple[int, int] | None) -> None:
+    """Checks what a backend needs of the device.
+
+    Args:
+        capability: compute capability of this process's GPU, None where there is none.
+
+    Raises:
+        ConfigError: the device lacks it.
+    """
+    _require(
+        device is not Device.cuda or capability is not None,
         "device=cuda: no CUDA GPU is visible to torch; use device=cpu, or check the driver and CUDA_VISIBLE_DEVICES",
     )
-    on_cuda = cuda and device is not Device.cpu
+    on_cuda = capability is not None and device is not Device.cpu
     _require(
         backend.precision is not Precision.fp16 or on_cuda,
         "backend=fp16 needs a CUDA GPU (loss scaling and fp16 kernels): choose backend=bf16 or backend=fp32 on a CPU",
+    )
+    if capability is None or not on_cuda:
+        return
+    simulated, real = (Recipe.fp8_sim, Recipe.switchback_fp8_sim), (Recipe.fp8, Recipe.switchback_fp8)
+    needed = (8, 9) if backend.recipe in real else (8, 0)
+    _require(
+        backend.recipe is Recipe.bf16 or backend.recipe in simulated or capability >= needed,
+        f"backend.recipe={backend.recipe.value} needs a GPU of compute capability {needed[0]}.{needed[1]} or newer, "
+        f"this one has {capability[0]}.{capability[1]}: choose backend=bf16, or backend=fp8_sim or switchback_fp8_sim",
     )

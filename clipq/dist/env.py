@@ -48,6 +48,13 @@ def world_size_from_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def cuda_capability() -> tuple[int, int] | None:
+    """Compute capability of this process's GPU, None where there is none."""
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_capability(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
 @contextmanager
 def distributed(device: str = "auto", *, timeout_minutes: float = 30.0) -> Iterator[DistEnv]:
     """Joins the process group that torchrun's environment variables describe, and leaves it at the end.

@@ -4,8 +4,7 @@
     ┌──────────────────────────────────────────────────────────────────────────────────────────────┘
     └────── ln_2 ─ mlp.c_fc ─ mlp.act ─ (mlp.ln) ─ mlp.c_proj ─ (ls_2) ─ + ─ x_BLD
 
-Between the two modules of a pair (`Block.pairs()`) the value is handed on untouched, not even its shape read:
-whoever replaces both decides what passes between them, an int8 tensor with its scales for instance.
+`Block.pairs()` names the linear layers with what feeds them, for whoever fuses the two (`clipq.lowp.block`).
 
 Shapes: B batch, L tokens, D width, H heads, E head width (D = H·E), K tokens kept.
 """
@@ -17,6 +16,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 
 
@@ -25,7 +25,8 @@ class Pair(NamedTuple):
 
     producer: str
     linear: str
-    kind: Literal["norm", "activation"]
+    kind: Literal["norm", "gelu", "quick_gelu", "activation"]
+    """`activation` is any other than the two GELUs."""
 
 
 class Attention(nn.Module):
@@ -70,16 +71,21 @@ class Attention(nn.Module):
         self.register_parameter("logit_scale", logit_scale)
         self.register_parameter("head_scale", head_scale)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """Args:
-            x: (B, L, D), or whatever a replaced `in_proj` takes.
+    def forward(self, x_BLD: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """(B, L, D) -> (B, L, D); `attn_mask` as in `attend`."""
+        return self.out_proj(self.attend(self.in_proj(x_BLD), attn_mask))
+
+    def attend(self, qkv_BLD: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """What lies between the two projections.
+
+        Args:
+            qkv_BLD: (B, L, 3D), queries, keys and values one after another.
             attn_mask: additive, or boolean where True hides a key; (L, L), (B, H, L, L) or (B·H, L, L).
                 A causal block takes its presence for the causal mask, and does not read it.
 
         Returns:
             (B, L, D).
         """
-        qkv_BLD = self.in_proj(x)
         q_BLHE, k_BLHE, v_BLHE = qkv_BLD.unflatten(-1, (3, self.heads, -1)).unbind(-3)
         q_BLHE, k_BLHE, scale = self._scaled(q_BLHE, k_BLHE)
         causal = self.causal and attn_mask is not None
@@ -93,7 +99,7 @@ class Attention(nn.Module):
         )
         if self.head_scale is not None:
             x_BHLE = x_BHLE * self.head_scale
-        return self.out_proj(self.ln_inner(x_BHLE.transpose(1, 2).flatten(-2)))
+        return self.ln_inner(x_BHLE.transpose(1, 2).flatten(-2))
 
     def _scaled(self, q_BLHE: Tensor, k_BLHE: Tensor) -> tuple[Tensor, Tensor, float | None]:
         """Queries and keys as they enter the product, and its scale (None: E^-½)."""
@@ -125,6 +131,12 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(self.ln(self.act(self.c_fc(x))))
+
+
+def _kind(activation: nn.Module) -> Literal["gelu", "quick_gelu", "activation"]:
+    if isinstance(activation, QuickGELU):
+        return "quick_gelu"
+    return "gelu" if isinstance(activation, nn.GELU) and activation.approximate == "none" else "activation"
 
 
 class Block(nn.Module):
@@ -163,7 +175,7 @@ class Block(nn.Module):
         """
         pairs = [Pair("ln_1", "attn.in_proj", "norm"), Pair("ln_2", "mlp.c_fc", "norm")]
         if isinstance(self.mlp.ln, nn.Identity):
-            pairs.append(Pair("mlp.act", "mlp.c_proj", "activation"))
+            pairs.append(Pair("mlp.act", "mlp.c_proj", _kind(self.mlp.act)))
         else:
             pairs.append(Pair("mlp.ln", "mlp.c_proj", "norm"))
         if not isinstance(self.attn.ln_inner, nn.Identity):

@@ -24,6 +24,7 @@ from clipq.log.meters import Meter
 from clipq.log.writers import Row, Writer
 from clipq.loss.contrastive import contrastive_loss
 from clipq.train.checkpoint import Checkpoints
+from clipq.train.graph import Graphed
 from clipq.train.schedule import Schedule
 from clipq.train.state import TrainState
 
@@ -66,6 +67,8 @@ class Run:
     autocast: torch.dtype | None
     flops_per_image: float
     """Of one pair, forward and backward."""
+    graph: Graphed | None = None
+    """`forward_backward` of this run as a CUDA graph; None calls it as it is."""
     clip_norm: float | None = None
     max_logit_scale: float = 100.0
     log_every: int = 10
@@ -142,28 +145,38 @@ def train(run: Run) -> None:
 
 def train_step(run: Run, batch: dict[str, Tensor], lr: float) -> Tensor:
     """One optimizer step; returns [loss, logit scale, gradient norm or NaN] on the device, without waiting for it."""
-    state, device = run.state, run.env.device
+    state = run.state
     for group in state.optimizer.param_groups:
         group["lr"] = lr
-    image_BCHW = run.normalize(batch["image"].to(device, non_blocking=True))
-    text_BL = batch["text"].to(device, non_blocking=True)
+    if run.graph is None or not run.graph.recorded:  # a recorded backward overwrites the gradients
+        state.optimizer.zero_grad(set_to_none=True)
+    if run.graph is None:
+        loss_and_scale = forward_backward(run, batch["image"], batch["text"])
+    else:
+        loss_and_scale = run.graph(batch["image"], batch["text"])
 
-    with torch.autocast(device.type, dtype=run.autocast or torch.bfloat16, enabled=run.autocast is not None):
-        out = run.model(image_BCHW, text_BL)
-    loss = contrastive_loss(out["image_features"], out["text_features"], out["logit_scale"])
-    state.scaler.scale(loss).backward()
-
-    norm = torch.full((), math.nan, device=device)
+    norm = torch.full((1,), math.nan, device=run.env.device)
     if run.clip_norm is not None:
         state.scaler.unscale_(state.optimizer)
-        norm = nn.utils.clip_grad_norm_(state.model.parameters(), run.clip_norm)
+        norm = nn.utils.clip_grad_norm_(state.model.parameters(), run.clip_norm).view(1)
     state.scaler.step(state.optimizer)
     state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
         logit_scale: Any = state.model.logit_scale
         logit_scale.clamp_(0, math.log(run.max_logit_scale))
-    return torch.stack((loss.detach(), out["logit_scale"].detach().float(), norm.detach().float()))
+    return torch.cat((loss_and_scale, norm.detach().float()))
+
+
+def forward_backward(run: Run, image_BCHW: Tensor, text_BL: Tensor) -> Tensor:
+    """Gradients of a batch into the parameters; returns [loss, logit scale] on the device."""
+    device = run.env.device
+    image_BCHW = run.normalize(image_BCHW.to(device, non_blocking=True))
+    text_BL = text_BL.to(device, non_blocking=True)
+    with torch.autocast(device.type, dtype=run.autocast or torch.bfloat16, enabled=run.autocast is not None):
+        out = run.model(image_BCHW, text_BL)
+    loss = contrastive_loss(out["image_features"], out["text_features"], out["logit_scale"])
+    run.state.scaler.scale(loss).backward()
+    return torch.stack((loss.detach(), out["logit_scale"].detach().float()))
 
 
 def flush(run: Run, meter: Meter, *, show: bool) -> None:

@@ -1,0 +1,28 @@
+"""Low-precision types, and the layout of transposed matrices."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+QMAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
+"""Low-precision types and the largest magnitude that each holds."""
+
+TINY = 1e-30
+"""A slice whose magnitudes are all at most this is taken for zero: the inverse of its scale would overflow."""
+
+ALIGN = 16
+"""Rows of a transposed matrix start at multiples of so many elements: TMA asks for 16 bytes."""
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raises ValueError unless `dtype` is a low-precision type."""
+    if dtype not in QMAX:
+        raise ValueError(f"{dtype}: expected one of {', '.join(map(str, QMAX))}")
+
+
+def empty_transposed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Uninitialised [K, M] for x [M, K], with aligned rows."""
+    rows, cols = x.shape
+    padded = (rows + ALIGN - 1) // ALIGN * ALIGN
+    return x.new_empty((cols, padded), dtype=dtype)[:, :rows]

@@ -1,0 +1,64 @@
+"""Registration of operators, and which implementation a device gets."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from clipq.kernels.formats import check_dtype
+
+
+def register(name: str, schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any], module: str) -> Any:
+    """Defines `torch.ops.clipq.<name>`: `reference` on the CPU, the function of the same name in `module` on CUDA.
+
+    Args:
+        schema: arguments and results, as in "(Tensor x) -> Tensor".
+        fake: shapes and dtypes of the results, for torch.compile.
+        module: Triton module, imported on the first call with a CUDA tensor.
+
+    Returns:
+        The operator's overload, to be called.
+    """
+    torch.library.define(f"clipq::{name}", schema)
+
+    @functools.cache
+    def load() -> Callable[..., Any]:
+        return getattr(importlib.import_module(module), name)
+
+    # Autocast would change the type of what an implementation computes inside.
+    def on_cuda(*args: Any) -> Any:
+        with torch._C._DisableAutocast():
+            return load()(*args)
+
+    def on_cpu(*args: Any) -> Any:
+        with torch._C._DisableAutocast():
+            return reference(*args)
+
+    torch.library.impl(f"clipq::{name}", "cpu", on_cpu)
+    torch.library.impl(f"clipq::{name}", "cuda", on_cuda)
+    torch.library.register_fake(f"clipq::{name}", fake)
+    return getattr(torch.ops.clipq, name).default
+
+
+def implementation(device: torch.device | str, dtype: torch.dtype = torch.int8) -> str:
+    """What computes a product of `dtype` on `device`: "triton (TMA)", "triton" or "reference".
+
+    Raises:
+        RuntimeError: the device cannot compute with this type.
+    """
+    device = torch.device(device)
+    check_dtype(dtype)
+    if device.type != "cuda":
+        return "reference"
+    capability = torch.cuda.get_device_capability(device)
+    needed = (8, 9) if dtype is not torch.int8 else (8, 0)
+    if capability < needed:
+        raise RuntimeError(
+            f"{torch.cuda.get_device_name(device)} (compute capability {capability[0]}.{capability[1]}) has no {dtype} "
+            f"products: they need {needed[0]}.{needed[1]} or newer"
+        )
+    return "triton (TMA)" if capability[0] == 9 else "triton"

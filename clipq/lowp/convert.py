@@ -1,0 +1,143 @@
+"""Converts the linear layers of any model to a low-precision recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from clipq.kernels import implementation
+from clipq.lowp.block import fuse
+from clipq.lowp.linear import LowpLinear
+from clipq.lowp.products import quantize_weight
+from clipq.lowp.recipe import LinearRecipe, get_recipe
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion did."""
+
+    recipe: str
+    """Name of the recipe."""
+    implementation: str
+    """What computes the products: "triton (TMA)", "triton", "reference" (on a CPU) or "simulated"."""
+    converted: list[str] = field(default_factory=list)
+    """Names of the layers that now follow the recipe."""
+    fused: list[str] = field(default_factory=list)
+    """Names of the blocks whose norms and activations quantize their own output."""
+    kept: dict[str, str] = field(default_factory=dict)
+    """Name of a linear layer that was left as it is, or of a block that was not fused -> why."""
+
+    def lines(self) -> list[str]:
+        """A summary for a console: counts, and each reason once."""
+        counts = f"{len(self.converted)} linear layers, {len(self.fused)} blocks fused"
+        lines = [f"{self.recipe}: {counts} ({self.implementation})"]
+        reasons: dict[str, list[str]] = {}
+        for name, why in self.kept.items():
+            reasons.setdefault(why, []).append(name)
+        for why, names in reasons.items():
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            lines.append(f"not converted: {names[0]}{more}: {why}")
+        return lines
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+
+def convert_linears(
+    model: nn.Module,
+    recipe: str | LinearRecipe,
+    *,
+    filter: Callable[[str, nn.Linear], bool] | None = None,
+) -> ConversionReport:
+    """Turns the linear layers of a model into low-precision ones, in place; its state dict stays as it is.
+
+    Call it after the model is on its device and before it is compiled or wrapped.
+
+    Args:
+        recipe: a name in `clipq.lowp.RECIPES` or a recipe of your own. "bf16" converts nothing.
+        filter: gets name and layer; what it returns False for is left as it is. The paper converts only the layers
+            inside of transformer blocks: leave out heads and embeddings.
+
+    Returns:
+        What was converted and what was not, and why.
+
+    Raises:
+        ValueError: unknown recipe.
+        RuntimeError: the model's device cannot compute with the recipe's types.
+    """
+    recipe = get_recipe(recipe)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    report = ConversionReport(recipe.name, _implementation(recipe, device))
+    if recipe.output is None:
+        return report
+    attention = {
+        f"{name}.out_proj".lstrip(".") for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)
+    }
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, nn.Linear):
+            continue
+        why = _obstacle(name, layer, attention, filter)
+        if why is None:
+            LowpLinear.from_linear(layer, recipe)
+            report.converted.append(name)
+        else:
+            report.kept[name] = why
+    for name, block in list(model.named_modules()):
+        if hasattr(block, "pairs") and hasattr(block, "linears"):
+            why = fuse(block)
+            if why is None:
+                report.fused.append(name)
+            else:
+                report.kept[name] = f"not fused, {why}"
+    return report
+
+
+def _implementation(recipe: LinearRecipe, device: torch.device) -> str:
+    if recipe.simulated:
+        return "simulated"
+    return ", ".join(sorted({implementation(device, dtype) for dtype in recipe.dtypes})) or "16 bits"
+
+
+def _obstacle(
+    name: str, layer: nn.Linear, attention: set[str], filter: Callable[[str, nn.Linear], bool] | None
+) -> str | None:
+    if name in attention:
+        return "nn.MultiheadAttention reads the weights itself and never calls the layer"
+    if isinstance(layer, LowpLinear):
+        return f"it follows recipe {layer.recipe.name} already"
+    if type(layer) is not nn.Linear:
+        return f"it is a subclass of nn.Linear ({type(layer).__name__})"
+    if filter is not None and not filter(name, layer):
+        return "the filter leaves it out"
+    return None
+
+
+@contextmanager
+def quantized_once(model: nn.Module) -> Iterator[None]:
+    """Quantizes the weights of a model's low-precision layers now, and not again inside of the block.
+
+    Put the micro-steps of one optimizer step into it. Without it each forward quantizes its weights, which is always
+    right.
+
+    Raises:
+        RuntimeError: a weight was changed inside of the block, so that later forwards used an old one.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LowpLinear)}
+    versions = {name: layer.weight._version for name, layer in layers.items()}
+    for layer in layers.values():
+        layer._held = quantize_weight(layer.weight.detach(), layer.recipe)
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            layer._held = None
+    changed = [name for name, layer in layers.items() if layer.weight._version != versions[name]]
+    if changed:
+        raise RuntimeError(
+            f"{changed[0]}.weight (and {len(changed) - 1} more) changed inside of quantized_once: end the block before "
+            "the optimizer steps"
+        )

@@ -1,0 +1,150 @@
+"""A linear layer whose products follow a recipe. Begin with `recipe.py`: the three products."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipq import kernels
+from clipq.lowp.products import (
+    Quantized,
+    QuantizedWeight,
+    compute_dtype,
+    multiply,
+    quantize,
+    quantize_weight,
+    weight_gradient,
+)
+from clipq.lowp.recipe import LinearRecipe, Saved, Scales
+
+
+class _Linear(torch.autograd.Function):
+    """Y = X Wᵀ + bias (+ residual)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_bn: Tensor,
+        weight_mn: Tensor,
+        bias_m: Tensor | None,
+        residual_bm: Tensor | None,
+        w_q: Tensor,
+        w_scale: Tensor,
+        w_qt: Tensor,
+        w_qt_scale: Tensor,
+        recipe: LinearRecipe,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        assert recipe.output is not None
+        x16_bn = x_bn.to(dtype)
+        x = quantize(x16_bn, recipe.output.left)
+        saved = x if recipe.saved is Saved.quantized else (x16_bn,)
+        ctx.save_for_backward(w_qt, w_qt_scale, *saved)
+        ctx.recipe, ctx.dtype = recipe, dtype
+        ctx.x_dtype, ctx.weight_dtype = x_bn.dtype, weight_mn.dtype
+        ctx.bias_dtype = None if bias_m is None else bias_m.dtype
+        ctx.residual = residual_bm is not None
+        return multiply(
+            x,
+            Quantized(w_q, w_scale),
+            bias=bias_m,
+            residual=residual_bm,
+            out_dtype=dtype if residual_bm is None else residual_bm.dtype,
+            simulated=recipe.simulated,
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        recipe: LinearRecipe = ctx.recipe
+        assert recipe.grad_input is not None
+        w_qt, w_qt_scale, *saved = ctx.saved_tensors
+        residual = grads[0] if ctx.residual else None
+        g_bm = grads[0].to(ctx.dtype)
+        sums_m = None
+        if recipe.grad_input.left.scales is Scales.vector:
+            q, scale, sums_m = kernels.quantize_rows(g_bm, recipe.grad_input.left.dtype, column_sums=True)
+            g = Quantized(q, scale)
+        else:
+            g = quantize(g_bm, recipe.grad_input.left)
+        dx = dw = db = None
+        if ctx.needs_input_grad[0]:
+            dx = multiply(g, Quantized(w_qt, w_qt_scale), out_dtype=ctx.x_dtype, simulated=recipe.simulated)
+        if ctx.needs_input_grad[1]:
+            x_bn = dequantize(Quantized(*saved), ctx.dtype) if recipe.saved is Saved.quantized else saved[0]
+            dw = weight_gradient(g_bm, x_bn, recipe.grad_weight, simulated=recipe.simulated).to(ctx.weight_dtype)
+        if ctx.bias_dtype is not None:
+            db = (g_bm.float().sum(0) if sums_m is None else sums_m).to(ctx.bias_dtype)
+        return dx, dw, db, residual, None, None, None, None, None, None
+
+
+def dequantize(x: Quantized, dtype: torch.dtype) -> Tensor:
+    """q · scale in a floating type."""
+    return kernels.dequantize_rows(x.q, x.scale.expand(x.q.shape[0]), dtype)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    recipe: LinearRecipe,
+    *,
+    residual: Tensor | None = None,
+    quantized: QuantizedWeight | None = None,
+) -> Tensor:
+    """`torch.nn.functional.linear` with the products of a recipe.
+
+    Args:
+        x: [..., n] of a floating type; under autocast it is taken in autocast's type.
+        weight: [m, n], bias: [m].
+        residual: [..., m], added to the output, whose type it then has.
+        quantized: the weight, already quantized for this recipe.
+
+    Returns:
+        [..., m] of autocast's type, or of x's where autocast is off.
+    """
+    w = quantize_weight(weight.detach(), recipe) if quantized is None else quantized
+    out = _Linear.apply(
+        x.reshape(-1, x.shape[-1]),
+        weight,
+        bias,
+        None if residual is None else residual.reshape(-1, weight.shape[0]),
+        *w,
+        recipe,
+        compute_dtype(x),
+    )
+    return out.view(*x.shape[:-1], weight.shape[0])  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+
+
+class LowpLinear(nn.Linear):
+    """An `nn.Linear` that computes by a recipe; parameters and state dict are those of `nn.Linear`.
+
+    `convert_linears` turns existing layers into it. To build one: `LowpLinear(n, m, recipe=get_recipe("switchback"))`.
+    """
+
+    recipe: LinearRecipe
+    _held: QuantizedWeight | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, recipe: LinearRecipe, **kwargs: Any):
+        super().__init__(in_features, out_features, bias, **kwargs)
+        self.recipe, self._held = recipe, None
+
+    @staticmethod
+    def from_linear(layer: nn.Linear, recipe: LinearRecipe) -> LowpLinear:
+        """The layer itself, turned in place: its parameters, hooks and name stay, as under `fully_shard`."""
+        layer.__class__ = LowpLinear
+        converted: Any = layer
+        converted.recipe, converted._held = recipe, None
+        return converted
+
+    def quantized_weight(self) -> QuantizedWeight:
+        """The weight in low precision: held by `quantized_once`, or quantized now."""
+        return quantize_weight(self.weight.detach(), self.recipe) if self._held is None else self._held
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[..., in_features] -> [..., out_features], plus `residual` of that shape where given."""
+        return linear(input, self.weight, self.bias, self.recipe, residual=residual, quantized=self.quantized_weight())
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, recipe={self.recipe.name}"

@@ -1,0 +1,163 @@
+"""Which of the three products of a linear layer runs in which precision, as data.
+
+A linear layer has inputs X [b, n], weights W [m, n] and output gradients G [b, m], and three products in a training
+step:
+
+    output        Y  = X Wᵀ    inner dimension n
+    input grad    dX = G W     inner dimension m
+    weight grad   dW = Gᵀ X    inner dimension b: images × tokens, tens of thousands
+
+A recipe says for each how its two operands are quantized, or leaves it in 16 bits. Source: Wortsman et al., "Stable
+and low-precision training for large-scale vision-language models", https://arxiv.org/abs/2304.13013.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum
+
+import torch
+
+INT8, E4M3, E5M2 = torch.int8, torch.float8_e4m3fn, torch.float8_e5m2
+
+
+class Scales(Enum):
+    """How many scales an operand has."""
+
+    vector = "vector"
+    """One for each slice that a sum runs over: a row of X and of W in Y = X Wᵀ, a column of G and of X in dW = Gᵀ X."""
+    tensor = "tensor"
+    """One for the whole matrix."""
+
+
+class Saved(Enum):
+    """What the forward keeps of X for the weight gradient."""
+
+    input = "input"
+    """X in 16 bits."""
+    quantized = "quantized"
+    """The quantized X, to be dequantized in the backward."""
+    recomputed = "recomputed"
+    """Nothing where X is the output of a norm or an activation: it is computed again in the backward. Elsewhere X."""
+
+
+@dataclass(frozen=True)
+class Operand:
+    """How one matrix of a product is quantized."""
+
+    dtype: torch.dtype
+    scales: Scales
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product of two quantized matrices."""
+
+    left: Operand
+    right: Operand
+    stochastic: bool = False
+    """Round up or down at random, with the mean kept, in place of to the nearest (int8 only)."""
+
+
+@dataclass(frozen=True)
+class LinearRecipe:
+    """A way to compute a linear layer. None for a product means 16 bits."""
+
+    name: str
+    output: Product | None = None
+    grad_input: Product | None = None
+    grad_weight: Product | None = None
+    saved: Saved = Saved.input
+    simulated: bool = False
+    """Round to values that the type represents, but multiply in the 16-bit type."""
+
+    def with_formats(self, *, forward: torch.dtype, grad: torch.dtype) -> LinearRecipe:
+        """The same recipe with other fp8 types: `forward` for X and W, `grad` for G.
+
+        Raises:
+            ValueError: the recipe is not of fp8, or a type is not fp8.
+        """
+        for dtype in (forward, grad):
+            if dtype not in (E4M3, E5M2):
+                raise ValueError(f"{dtype}: expected {E4M3} or {E5M2}")
+
+        def change(product: Product | None, left: torch.dtype) -> Product | None:
+            if product is None:
+                return None
+            if product.left.dtype is INT8:
+                raise ValueError(f"recipe {self.name} is of int8: its types cannot be changed")
+            return replace(product, left=replace(product.left, dtype=left), right=replace(product.right, dtype=forward))
+
+        return replace(
+            self,
+            output=change(self.output, forward),
+            grad_input=change(self.grad_input, grad),
+            grad_weight=change(self.grad_weight, grad),
+        )
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether its products are of fp8, real or simulated."""
+        return self.output is not None and self.output.left.dtype is not INT8
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """Low-precision types that it multiplies in; empty where the products are simulated or all in 16 bits."""
+        products = () if self.simulated else (self.output, self.grad_input, self.grad_weight)
+        return {operand.dtype for p in products if p is not None for operand in (p.left, p.right)}
+
+    @property
+    def fusable(self) -> bool:
+        """Whether the kernels that quantize in a norm or an activation serve it: rows quantized, dW in 16 bits."""
+        return (
+            not self.simulated
+            and self.grad_weight is None
+            and all(p is not None and p.left.scales is Scales.vector for p in (self.output, self.grad_input))
+        )
+
+
+def _product(left: torch.dtype, right: torch.dtype, left_scales: Scales, right_scales: Scales) -> Product:
+    return Product(Operand(left, left_scales), Operand(right, right_scales))
+
+
+_V, _T = Scales.vector, Scales.tensor
+_SWITCHBACK = _product(INT8, INT8, _V, _T)
+_ALL_VECTORS = _product(INT8, INT8, _V, _V)
+_FP8 = (_product(E4M3, E4M3, _T, _T), _product(E5M2, E4M3, _T, _T), _product(E5M2, E4M3, _T, _T))
+_SWITCHBACK_FP8 = (_product(E4M3, E4M3, _V, _T), _product(E5M2, E4M3, _V, _T))
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        LinearRecipe("bf16"),
+        LinearRecipe("llm_int8", output=_ALL_VECTORS, grad_input=_ALL_VECTORS, grad_weight=_ALL_VECTORS),
+        LinearRecipe("switchback", output=_SWITCHBACK, grad_input=_SWITCHBACK),
+        LinearRecipe("switchback_m", output=_SWITCHBACK, grad_input=_SWITCHBACK, saved=Saved.quantized),
+        LinearRecipe("switchback_r", output=_SWITCHBACK, grad_input=_SWITCHBACK, saved=Saved.recomputed),
+        LinearRecipe("switchback_q", output=_ALL_VECTORS, grad_input=_ALL_VECTORS),
+        LinearRecipe("fp8_sim", *_FP8, simulated=True),
+        LinearRecipe("switchback_fp8_sim", *_SWITCHBACK_FP8, simulated=True),
+        LinearRecipe("fp8", *_FP8),
+        LinearRecipe("switchback_fp8", *_SWITCHBACK_FP8),
+        LinearRecipe(
+            "int8_stochastic",
+            output=_SWITCHBACK,
+            grad_input=_SWITCHBACK,
+            grad_weight=replace(_ALL_VECTORS, stochastic=True),
+        ),
+    )
+}
+"""Every recipe by name."""
+
+
+def get_recipe(recipe: str | LinearRecipe) -> LinearRecipe:
+    """A recipe by its name.
+
+    Raises:
+        ValueError: there is no recipe of this name; the message lists them.
+    """
+    if isinstance(recipe, LinearRecipe):
+        return recipe
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe {recipe!r}: expected one of {', '.join(RECIPES)}")
+    return RECIPES[recipe]

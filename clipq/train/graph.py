@@ -1,0 +1,64 @@
+"""Records forward and backward of a training step once as a CUDA graph, and replays them.
+
+A step of a ViT launches thousands of kernels. Where they are short (small models, low precision) the host cannot launch
+them as fast as the GPU runs them; a graph is one launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+WARMUP = 2
+"""Calls before the recording: they compile, set up libraries and make the optimizer's state."""
+
+
+class Graphed:
+    """Calls a function as it is at first, then records it and replays the recording.
+
+    The function must do the same work on the GPU at every call, on inputs of the same shapes, and never wait for the
+    GPU. What it leaves in memory (gradients) is written to the same place by each replay.
+
+    Args:
+        function: tensors on the CPU or the GPU -> a tensor on the GPU.
+        before_recording: drops what earlier calls left, so that the recording makes it in the graph's own memory.
+        device: the CUDA device.
+    """
+
+    def __init__(
+        self, function: Callable[..., Tensor], *, before_recording: Callable[[], None], device: torch.device
+    ) -> None:
+        self._function, self._before, self._device = function, before_recording, device
+        self._calls = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: list[Tensor] = []
+        self._output = torch.empty(0)
+
+    @property
+    def recorded(self) -> bool:
+        return self._graph is not None
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """The function's result; after the recording always the same tensor, overwritten by the next call."""
+        if self._calls < WARMUP:
+            self._calls += 1
+            return self._function(*inputs)
+        if self._graph is None:
+            self._graph = self._record(inputs)
+        for static, new in zip(self._inputs, inputs, strict=True):
+            static.copy_(new, non_blocking=True)
+        self._graph.replay()
+        return self._output
+
+    def _record(self, inputs: tuple[Tensor, ...]) -> torch.cuda.CUDAGraph:
+        self._before()
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()  # the graph has a pool of its own
+        self._inputs = [torch.empty_like(x, device=self._device) for x in inputs]
+        graph = torch.cuda.CUDAGraph()
+        # only this thread's calls are checked: the loader's pinning thread uses CUDA at the same time
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._output = self._function(*self._inputs)
+        return graph
