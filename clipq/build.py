@@ -15,25 +15,20 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from clipq.config.hydra import configs_dir
-from clipq.config.schema import (
+from clipq.config.choices import Fp8, Precision, Recipe, Switch, TaskKind, Wandb
+from clipq.config.groups import (
     BackendConfig,
     CaptionConfig,
     ConfigError,
     DataConfig,
     EvalConfig,
-    Fp8,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
-    Precision,
-    Recipe,
-    Switch,
     TaskConfig,
-    TaskKind,
-    TrainJob,
-    Wandb,
 )
+from clipq.config.hydra import configs_dir
+from clipq.config.schema import TrainJob
 from clipq.data.decode import Captions, TrainTransform
 from clipq.data.evalset import CaptionedShards, ImageFolder, LabelledShards
 from clipq.data.loader import TrainStream, default_workers, make_loader

@@ -87,6 +87,7 @@ def median(values: list[float]) -> float:
 def write(path: str, kind: str, title: str, results: dict[str, Any]) -> None:
     """Writes results with what they were measured on."""
     facts = environment(torch.device("cuda"), 1)
+    facts["command"] = facts["command"].partition(" --out")[0]  # the file's place is of one machine
     content = {"title": title, "kind": kind, "environment": facts, "power": _power(), "results": results}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

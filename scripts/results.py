@@ -1,8 +1,8 @@
-"""Keeps measured results in docs/benchmarks/ as JSON, and the README's tables as what those files say.
+"""Keeps measured results in docs/benchmarks/ as JSON, and the tables of the pages as what those files say.
 
 results.py record runs/demo --name demo_cpu --title "Built-in set" --command "clipq-train experiment=demo"
-results.py readme            # rewrites the tables of README.md
-results.py readme --check    # fails where they differ
+results.py pages            # rewrites the tables of README.md and docs/low_precision.md
+results.py pages --check    # fails where they differ
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from clipq.report.summary import compare, count, duration, percent
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "benchmarks"
-BEGIN, END = "<!-- results: made by scripts/results.py -->", "<!-- end of results -->"
+BEGIN, END = "<!-- results of {kind}: made by scripts/results.py -->", "<!-- end of results -->"
+PAGES = {"README.md": ("run", "step"), "docs/low_precision.md": ("products", "producers", "step")}
+"""Page -> kinds of tables on it, in the order of the page."""
 
 
 def record(run: Path, name: str, title: str, command: str, commit: str | None) -> Path:
@@ -40,7 +42,7 @@ def record(run: Path, name: str, title: str, command: str, commit: str | None) -
     return path
 
 
-def table(results: list[dict[str, Any]]) -> str:
+def run_table(results: list[dict[str, Any]]) -> str:
     """A Markdown table of recorded runs."""
     rows = ["| run | device | result | images/s | waiting for data | training time |", "|---|---|---|---|---|---|"]
     for result in results:
@@ -73,17 +75,94 @@ def _accuracy(values: dict[str, float]) -> str:
     return ", ".join(parts)
 
 
-def readme(*, check: bool) -> int:
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
+STEP_NAMES = {
+    "bf16": "clipq, bf16",
+    "open_clip": "OpenCLIP as shipped, eager",
+    "open_clip_compiled": "OpenCLIP as shipped, blocks compiled",
+    "torchao_fp8_rowwise": "torchao float8, row-wise",
+    "torchao_fp8_rowwise_with_gw_hp": "torchao float8, row-wise with 16-bit weight gradients",
+    "torchao_int8_bf16_weights": "torchao int8 mixed precision, bf16 weights",
+    "bf16_weights": "clipq, bf16 weights",
+}
+
+
+def step_table(results: list[dict[str, Any]]) -> str:
+    """Training steps; each ratio is to the first column of the same run."""
+    rows = [
+        "| model, device | what | step, launched one by one | as a CUDA graph | peak memory |",
+        "|---|---|---|---|---|",
+    ]
+    for result in results:
+        columns = result["results"]["columns"]
+        base = next(iter(columns.values()))
+        where = f"{result['results']['settings']['model']}, {result['environment']['device']}"
+        for name, column in columns.items():
+            what = STEP_NAMES.get(name, f"clipq, `{name}`")
+            if "error" in column:
+                rows.append(f"| {where} | {what} | does not run: {column['error'].split(':')[0]} | – | – |")
+                continue
+            eager = f"{column['step_ms']:.0f} ms, ×{base['step_ms'] / column['step_ms']:.2f}"
+            graph = column["graph_step_ms"]
+            graph = f"{graph:.0f} ms, **×{base['graph_step_ms'] / graph:.2f}**" if graph else "–"
+            rows.append(f"| {where} | {what} | {eager} | {graph} | {column['peak_gib']:.1f} GiB |")
+    return "\n".join(rows)
+
+
+def product_table(results: list[dict[str, Any]]) -> str:
+    """Products in TFLOP/s (TOPS for int8), and their ratio to cuBLAS bf16 in the same run."""
+    rows = ["| device | M × K × N | cuBLAS bf16 | int8 | ratio | fp8 | ratio |", "|---|---|---|---|---|---|---|"]
+    for result in results:
+        for shape, row in result["results"]["products"].items():
+            rows.append(
+                f"| {result['environment']['device']} | {shape.replace('x', ' × ')} | {row['bf16']:.0f} | {row['int8']:.0f} | "
+                f"{row['int8_ratio']:.2f} | {row['fp8']:.0f} | {row['fp8_ratio']:.2f} |"
+            )
+    return "\n".join(rows)
+
+
+def producer_table(results: list[dict[str, Any]]) -> str:
+    """Kernels over rows: share of the device's copy bandwidth, by width."""
+    lines = []
+    for result in results:
+        widths = result["results"]["producers"]
+        lines += [
+            f"| {result['environment']['device']} | {' | '.join(widths)} |",
+            f"|---|{'---|' * len(widths)}",
+        ]
+        for name in next(iter(widths.values())):
+            shares = [f"{w[name]:.2f}" if name in w else "–" for w in widths.values()]
+            lines.append(f"| {name} | {' | '.join(shares)} |")
+    return "\n".join(lines)
+
+
+TABLES = {
+    "run": ("run", run_table),
+    "step": ("step", step_table),
+    "products": ("gemm", product_table),
+    "producers": ("gemm", producer_table),
+}
+"""Kind of a table -> kind of the results that it shows, and what makes it."""
+
+
+def pages(*, check: bool) -> int:
+    """Rewrites the tables; with `check` only says (1) that one is not what the results say."""
     results = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(FOLDER.glob("*.json"))]
-    new = f"{before}{BEGIN}\n{table([r for r in results if r['kind'] == 'run'])}\n{END}{after}"
-    if check:
-        return int(new != text)
-    path.write_text(new, encoding="utf-8")
-    return 0
+    differing = False
+    for name, kinds in PAGES.items():
+        path = ROOT / name
+        text = new = path.read_text(encoding="utf-8")
+        for kind in kinds:
+            wanted, make = TABLES[kind]
+            begin = BEGIN.format(kind=kind)
+            before, _, rest = new.partition(begin)
+            _, end, after = rest.partition(END)
+            if not end:
+                raise SystemExit(f"{name} has no place for the table of {kind}: {begin} … {END}")
+            new = f"{before}{begin}\n{make([r for r in results if r['kind'] == wanted])}\n{END}{after}"
+        differing |= new != text
+        if not check:
+            path.write_text(new, encoding="utf-8")
+    return int(check and differing)
 
 
 def main() -> int:
@@ -95,12 +174,12 @@ def main() -> int:
     recorder.add_argument("--title", required=True)
     recorder.add_argument("--command", required=True, help="what a reader types to get the same")
     recorder.add_argument("--commit", help="for a run on a machine that had the code without its history")
-    commands.add_parser("readme").add_argument("--check", action="store_true")
+    commands.add_parser("pages").add_argument("--check", action="store_true")
     args = parser.parse_args()
     if args.action == "record":
         print(record(args.run, args.name, args.title, args.command, args.commit))
         return 0
-    return readme(check=args.check)
+    return pages(check=args.check)
 
 
 if __name__ == "__main__":

@@ -44,4 +44,6 @@ def test_imports_point_downward() -> None:
 
 
 def test_configuration_imports_nothing_of_clipq() -> None:
-    assert imports(PACKAGE / "config" / "schema.py") == set()
+    """A mistake in the configuration is told before torch is imported."""
+    for name in ("choices", "groups", "schema"):
+        assert all(m.startswith("clipq.config.") for m in imports(PACKAGE / "config" / f"{name}.py"))

@@ -11,8 +11,9 @@ import yaml
 from omegaconf import OmegaConf
 
 from clipq.cli.train import synthetic
+from clipq.config.groups import ConfigError, ModelConfig
 from clipq.config.hydra import run
-from clipq.config.schema import ConfigError, EvalJob, ModelConfig, check_backend
+from clipq.config.schema import EvalJob, check_backend
 
 if TYPE_CHECKING:
     from clipq.dist.env import DistEnv

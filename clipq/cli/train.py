@@ -6,8 +6,10 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clipq.config.choices import Resume
+from clipq.config.groups import ConfigError
 from clipq.config.hydra import run
-from clipq.config.schema import ConfigError, Resume, TrainJob, check
+from clipq.config.schema import TrainJob, check
 
 if TYPE_CHECKING:
     from clipq.dist.env import DistEnv

@@ -22,7 +22,8 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from clipq.config.schema import ConfigError, EvalJob, TrainJob
+from clipq.config.groups import ConfigError
+from clipq.config.schema import EvalJob, TrainJob
 
 Job = TypeVar("Job", TrainJob, EvalJob)
 

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 import clipq
-from clipq.config.schema import ConfigError
+from clipq.config.groups import ConfigError
 
 # What a run cannot change on the way: the weights would not fit, or "step" and "sample" would mean something else.
 FIXED = (

@@ -40,7 +40,7 @@ def test_blocks_are_really_compiled(arch: Path, shards: list[str]) -> None:
     from torch._dynamo.utils import counters
 
     from clipq.build import compile_blocks
-    from clipq.config.schema import BackendConfig
+    from clipq.config.groups import BackendConfig
     from clipq.dist.env import distributed
     from clipq.model.clip import create_model
 

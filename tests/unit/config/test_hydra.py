@@ -4,8 +4,9 @@ import sys
 
 import pytest
 
+from clipq.config.groups import OptimConfig
 from clipq.config.hydra import _quote_braces, field_docs, run
-from clipq.config.schema import OptimConfig, TrainJob
+from clipq.config.schema import TrainJob
 
 
 @pytest.mark.parametrize(

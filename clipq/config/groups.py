@@ -1,0 +1,334 @@
+"""The groups of settings, typed and documented where each is declared. `__post_init__` checks the values of one
+class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from clipq.config.choices import Decay, Fp8, Precision, Recipe, Strategy, Switch, TaskKind, Wandb
+
+
+class ConfigError(ValueError):
+    """A setting is wrong; the message says which, what was expected and how to mend it."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _strings(name: str, value: Any) -> None:
+    """Accepts one string or a non-empty list of strings: Hydra has no such union type."""
+    ok = isinstance(value, str) or (
+        isinstance(value, list) and len(value) > 0 and all(isinstance(v, str) for v in value)
+    )
+    require(ok, f"{name}={value!r}: expected a path, a pattern or a list of them")
+
+
+@dataclass
+class ModelConfig:
+    name: str = MISSING
+    """OpenCLIP model name (`ViT-B-32`), one of clipq's small models (`ViT-S-8-64`), or a path to a JSON file."""
+    pretrained: str | None = None
+    """Start from these weights: a file (OpenCLIP `.pt`, `.safetensors`), a clipq checkpoint, or an OpenCLIP tag."""
+    image_size: int | None = None
+    """Input side in pixels; None keeps the model's own. Position embeddings of loaded weights are interpolated."""
+    layer_scale_init: float | None = None
+    """Initial value of layer scale in both towers; 0.0 is the paper's; None keeps the model's own setting."""
+    patch_dropout: float | None = None
+    """Share of image patches dropped in training, in [0, 1); None keeps the model's own setting."""
+    qk_norm: bool = False
+    """Layer norm on queries and keys of every attention, in both towers."""
+    grad_checkpointing: bool = False
+    """Recompute each block's activations in the backward: less memory, about a third more time."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.patch_dropout is None or 0 <= self.patch_dropout < 1,
+            f"model.patch_dropout={self.patch_dropout}: expected a share in [0, 1)",
+        )
+        require(
+            self.image_size is None or self.image_size > 0,
+            f"model.image_size={self.image_size}: expected a positive number of pixels",
+        )
+
+
+@dataclass
+class CaptionConfig:
+    field: str = "txt"
+    """Where captions are: `txt`, or `json.NAME` for the field NAME of the `json` member (a string or a list)."""
+    lines: bool = False
+    """A `txt` member holds one caption a line; one is chosen at random each time the sample is seen."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.field == "txt" or (self.field.startswith("json.") and len(self.field) > 5),
+            f"data.caption.field={self.field!r}: expected 'txt' or 'json.NAME', as in 'json.captions'",
+        )
+
+
+@dataclass
+class AugmentConfig:
+    scale: list[float] = field(default_factory=lambda: [0.9, 1.0])
+    """Area of the random crop as a share of the image, [smallest, largest] (OpenCLIP's default)."""
+    ratio: list[float] = field(default_factory=lambda: [0.75, 4 / 3])
+    """Aspect ratio of the random crop, [smallest, largest]."""
+    flip: float = 0.0
+    """Probability of a horizontal flip. Leave at 0 where captions speak of left and right."""
+    color_jitter: list[float] = field(default_factory=list)
+    """Strengths [brightness, contrast, saturation, hue]; empty for none."""
+    color_jitter_prob: float = 0.8
+    """Probability that a sample's colours are jittered, where `color_jitter` is set."""
+    grayscale: float = 0.0
+    """Probability that a sample loses its colours."""
+
+    def __post_init__(self) -> None:
+        for name in ("scale", "ratio"):
+            pair = getattr(self, name)
+            require(
+                len(pair) == 2 and 0 < pair[0] <= pair[1],
+                f"data.augment.{name}={pair}: expected [smallest, largest], both positive",
+            )
+        require(self.scale[1] <= 1, f"data.augment.scale={self.scale}: a crop is at most the whole image, 1.0")
+        require(
+            len(self.color_jitter) in (0, 4),
+            f"data.augment.color_jitter={self.color_jitter}: expected none or 4 numbers, "
+            "[brightness, contrast, saturation, hue]",
+        )
+        for name in ("flip", "color_jitter_prob", "grayscale"):
+            p = getattr(self, name)
+            require(0 <= p <= 1, f"data.augment.{name}={p}: expected a probability in [0, 1]")
+
+
+@dataclass
+class DataConfig:
+    name: str = MISSING
+    """Short name of the data set; part of the default run name."""
+    root: str | None = None
+    """Folder of the data set, for `shards` and evaluation to refer to. The built-in set needs none."""
+    shards: Any = MISSING
+    """Training shards (.tar, .tar.gz): a path, a `{00000..00099}` range, a glob, or a list of them."""
+    image: str = "jpg;jpeg;png;webp"
+    """Member extensions that hold the image, first match wins, separated by semicolons."""
+    caption: CaptionConfig = field(default_factory=CaptionConfig)
+    """Where captions are and how one is chosen."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Training augmentation."""
+    workers: int | None = None
+    """Loader processes for each rank; None takes the CPU cores of this rank less one, between 1 and 14. 0 loads in the
+    training process."""
+    prefetch: int = 4
+    """Batches that each loader process keeps ready."""
+    shuffle: int = 4096
+    """Samples (encoded) that each loader process shuffles at a time; 1 keeps the order of the shard."""
+
+    def __post_init__(self) -> None:
+        _strings("data.shards", self.shards)
+        require(self.workers is None or self.workers >= 0, f"data.workers={self.workers}: expected 0 or more")
+        require(self.prefetch >= 1, f"data.prefetch={self.prefetch}: expected 1 or more")
+        require(self.shuffle >= 1, f"data.shuffle={self.shuffle}: expected 1 or more")
+
+
+@dataclass
+class BackendConfig:
+    precision: Precision = Precision.bf16
+    """Arithmetic of the towers: autocast to bf16 or fp16 over fp32 weights, or fp32 throughout."""
+    recipe: Recipe = Recipe.bf16
+    """How the linear layers inside of the transformer blocks multiply; bf16 leaves them to `precision`. See
+    docs/low_precision.md."""
+    fp8_forward: Fp8 = Fp8.e4m3
+    """fp8 type of activations and weights, for recipes of fp8."""
+    fp8_grad: Fp8 = Fp8.e5m2
+    """fp8 type of gradients, for recipes of fp8."""
+    compile: Switch = Switch.auto
+    """torch.compile each block: auto compiles on CUDA only."""
+    cuda_graph: Switch = Switch.auto
+    """Record forward and backward of the training step as a CUDA graph, so that launches cost nothing: auto does it
+    with one process on one GPU, for models all of whose blocks are clipq's, without gradient checkpointing."""
+
+    def __post_init__(self) -> None:
+        require(
+            "fp8" in self.recipe.value or (self.fp8_forward is Fp8.e4m3 and self.fp8_grad is Fp8.e5m2),
+            f"backend.fp8_forward and backend.fp8_grad with backend.recipe={self.recipe.value}: they are for recipes "
+            f"of fp8: {', '.join(r.value for r in Recipe if 'fp8' in r.value)}",
+        )
+
+
+@dataclass
+class OptimConfig:
+    name: str = "adamw"
+    """Optimizer: adamw."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.98
+    """Decay of the second moment."""
+    eps: float = 1e-6
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.2
+    """Decoupled weight decay; gains, biases and the logit scale have none."""
+    clip_norm: float | None = None
+    """Clip the global gradient norm to this; None does not clip."""
+
+    def __post_init__(self) -> None:
+        require(self.name == "adamw", f"optim.name={self.name!r}: expected one of adamw")
+        require(self.lr > 0, f"optim.lr={self.lr}: expected a positive learning rate")
+        for name in ("beta1", "beta2"):
+            b = getattr(self, name)
+            require(0 <= b < 1, f"optim.{name}={b}: expected a decay in [0, 1)")
+        require(self.eps > 0, f"optim.eps={self.eps}: expected a positive number")
+        require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay}: expected 0 or more")
+        require(
+            self.clip_norm is None or self.clip_norm > 0,
+            f"optim.clip_norm={self.clip_norm}: expected a positive norm, or null for no clipping",
+        )
+
+
+@dataclass
+class ScheduleConfig:
+    decay: Decay = Decay.cosine
+    """After the warm-up: cosine to `final_lr`, constant, or constant with a linear cooldown at the end."""
+    warmup: int = 0
+    """Steps of linear warm-up from zero."""
+    cooldown: int = 0
+    """Last steps over which constant_cooldown falls linearly to `final_lr`."""
+    final_lr: float = 0.0
+    """Learning rate at the end, as a share of the peak."""
+
+    def __post_init__(self) -> None:
+        require(self.warmup >= 0, f"schedule.warmup={self.warmup}: expected 0 or more steps")
+        require(self.cooldown >= 0, f"schedule.cooldown={self.cooldown}: expected 0 or more steps")
+        require(
+            (self.cooldown > 0) == (self.decay is Decay.constant_cooldown),
+            f"schedule.cooldown={self.cooldown} with schedule.decay={self.decay.value}: a cooldown belongs to "
+            "constant_cooldown, which needs at least 1 step of it",
+        )
+        require(
+            0 <= self.final_lr <= 1,
+            f"schedule.final_lr={self.final_lr}: expected a share of the peak in [0, 1]",
+        )
+
+
+@dataclass
+class ParallelConfig:
+    strategy: Strategy = Strategy.ddp
+    """How several processes share the work: ddp, or none for a single process."""
+    bucket_mb: int = 25
+    """Megabytes of gradient in one all-reduce of DDP."""
+    timeout_minutes: float = 30.0
+    """A collective that takes longer than this ends the run."""
+
+    def __post_init__(self) -> None:
+        require(self.bucket_mb > 0, f"parallel.bucket_mb={self.bucket_mb}: expected a positive number")
+        require(
+            self.timeout_minutes > 0,
+            f"parallel.timeout_minutes={self.timeout_minutes}: expected a positive number",
+        )
+
+
+@dataclass
+class LogConfig:
+    every: int = 10
+    """Steps between two console lines, and between two writes of the metrics."""
+    tensorboard: bool = False
+    """Write TensorBoard events into the run folder."""
+    wandb: Wandb = Wandb.off
+    """Weights & Biases: off, online or offline. A resumed run keeps its run id."""
+    wandb_project: str = "clipq"
+    """Project of the wandb run."""
+    wandb_entity: str | None = None
+    """Team or user of the wandb run; None takes wandb's default."""
+    profile: list[int] | None = None
+    """[first, last] step to record with torch's profiler; the trace goes to the run folder."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 1, f"log.every={self.every}: expected 1 or more steps")
+        require(
+            self.profile is None or (len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1]),
+            f"log.profile={self.profile}: expected [first, last], steps counted from 1",
+        )
+
+
+@dataclass
+class TaskConfig:
+    kind: TaskKind = TaskKind.zero_shot
+    """zero_shot (classification) or retrieval (image to text and back)."""
+    shards: Any = None
+    """Evaluation shards, as `data.shards`: members image + `cls`, or image + captions for retrieval."""
+    folder: str | None = None
+    """In place of shards: a folder of images, one sub-folder for each class in the order of their names."""
+    image: str = "jpg;jpeg;png;webp"
+    """Member extensions that hold the image."""
+    classnames: str | None = None
+    """A file with a class name a line, line n naming class n; or `openclip:imagenet`."""
+    templates: str | None = None
+    """A file with a prompt template a line, `{}` or `{c}` for the class; or `openclip:imagenet` (80 templates), or
+    `openclip:simple` (7)."""
+    subsets: dict[str, str] = field(default_factory=dict)
+    """Name -> file with a class name a line: the accuracy on those classes is reported too, scored against all."""
+    caption: CaptionConfig = field(default_factory=CaptionConfig)
+    """For retrieval: where captions are; every caption counts."""
+
+
+@dataclass
+class EvalConfig:
+    root: str | None = None
+    """Folder of the evaluation data, for tasks to refer to."""
+    every: int = 0
+    """Evaluate every so many steps; 0 evaluates at the end only."""
+    batch_size: int = 256
+    """Images at a time on each rank."""
+    workers: int | None = None
+    """Loader processes for each rank; None as `data.workers`."""
+    examples: int = 12
+    """Images of each task kept with their best captions for the report."""
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)
+    """Name -> what to evaluate."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, f"eval.every={self.every}: expected 0 or more steps")
+        require(self.batch_size >= 1, f"eval.batch_size={self.batch_size}: expected 1 or more")
+        for name, task in self.tasks.items():
+            _check_task(f"eval.tasks.{name}", task)
+
+
+def _check_task(where: str, task: TaskConfig) -> None:
+    require(
+        (task.shards is None) != (task.folder is None),
+        f"{where}: set exactly one of shards= and folder=",
+    )
+    if task.shards is not None:
+        _strings(f"{where}.shards", task.shards)
+    if task.kind is TaskKind.zero_shot:
+        require(
+            task.classnames is not None,
+            f"{where}.classnames is not set: name a file with a class name a line",
+        )
+        require(task.templates is not None, f"{where}.templates is not set: name a file with a template a line")
+    else:
+        require(task.folder is None, f"{where}.folder: retrieval reads shards, where captions stand beside images")
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 1000
+    """Steps between two checkpoints; 0 for none but the last."""
+    minutes: float = 30.0
+    """Minutes between two checkpoints, whichever comes first; 0 for none."""
+    keep_last: int = 2
+    """Keep this many of the newest checkpoints."""
+    keep_every: int = 0
+    """Keep also each checkpoint whose step is a multiple of this; 0 for none."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, f"checkpoint.every={self.every}: expected 0 or more steps")
+        require(self.minutes >= 0, f"checkpoint.minutes={self.minutes}: expected 0 or more")
+        require(
+            self.keep_last >= 1,
+            f"checkpoint.keep_last={self.keep_last}: expected 1 or more, or nothing could resume",
+        )
+        require(self.keep_every >= 0, f"checkpoint.keep_every={self.keep_every}: expected 0 or more steps")
