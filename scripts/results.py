@@ -113,9 +113,10 @@ def product_table(results: list[dict[str, Any]]) -> str:
     rows = ["| device | M × K × N | cuBLAS bf16 | int8 | ratio | fp8 | ratio |", "|---|---|---|---|---|---|---|"]
     for result in results:
         for shape, row in result["results"]["products"].items():
+            where = f"{result['environment']['device']} | {shape.replace('x', ' × ')}"
             rows.append(
-                f"| {result['environment']['device']} | {shape.replace('x', ' × ')} | {row['bf16']:.0f} | {row['int8']:.0f} | "
-                f"{row['int8_ratio']:.2f} | {row['fp8']:.0f} | {row['fp8_ratio']:.2f} |"
+                f"| {where} | {row['bf16']:.0f} | {row['int8']:.0f} | {row['int8_ratio']:.2f} | {row['fp8']:.0f} | "
+                f"{row['fp8_ratio']:.2f} |"
             )
     return "\n".join(rows)
 

@@ -36,6 +36,12 @@ MISTAKES = {
     "cooldown without its schedule": (["schedule.cooldown=5"], ["constant_cooldown"]),
     "crop larger than the image": (["data.augment.scale=[0.5,1.5]"], ["data.augment.scale", "1.0"]),
     "negative learning rate": (["optim.lr=-1"], ["optim.lr=-1", "positive"]),
+    "unknown recipe": (["backend.recipe=int4"], ["backend.recipe", "switchback", "llm_int8"]),
+    "fp8 types for int8": (
+        ["backend=switchback", "backend.fp8_grad=e4m3"],
+        ["backend.fp8_grad", "backend.recipe=switchback", "switchback_fp8"],
+    ),
+    "CUDA graph on a CPU": (["backend.cuda_graph=on", "device=cpu"], ["backend.cuda_graph=on needs a CUDA GPU", "auto"]),
     "fp16 on a CPU": (["backend=fp16", "device=cpu"], ["backend=fp16 needs a CUDA GPU", "backend=bf16"]),
     "name with a slash": (["name=a/b"], ["name='a/b'", "runs="]),
     "unknown model": (["model.name=ViT-B-23"], ["ViT-B-23", "ViT-B-32"]),

@@ -36,6 +36,26 @@ def test_precisions_and_compilation_agree(arch: Path, shards: list[str], tmp_pat
     assert len(resumed) == 25
 
 
+def test_a_recorded_step_is_the_same_step(arch: Path, shards: list[str], tmp_path: Path) -> None:
+    launched = torch.tensor(losses(tmp_path, "launched", "backend.cuda_graph=off", "optim.clip_norm=1.0"))
+    recorded = torch.tensor(losses(tmp_path, "recorded", "backend.cuda_graph=on", "optim.clip_norm=1.0"))
+    assert (launched - recorded).abs().max() < 1e-3
+    # killed after the recording, resumed: two steps launched one by one, then recorded again
+    losses(tmp_path, "halves", "backend.cuda_graph=on", "optim.clip_norm=1.0", "steps=10", "schedule.decay=constant")
+    resumed = losses(tmp_path, "halves", "backend.cuda_graph=on", "optim.clip_norm=1.0", "schedule.decay=constant")
+    whole = losses(tmp_path, "one", "backend.cuda_graph=on", "optim.clip_norm=1.0", "schedule.decay=constant")
+    assert (torch.tensor(resumed) - torch.tensor(whole)).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("recipe", ["switchback", "switchback_m", "switchback_r", "switchback_fp8", "llm_int8", "fp8_sim"])
+def test_recipes_train(recipe: str, arch: Path, shards: list[str], tmp_path: Path) -> None:
+    bf16 = torch.tensor(losses(tmp_path, "bf16"))
+    low = torch.tensor(losses(tmp_path, recipe, f"backend={recipe}"))
+    assert 1e-5 < (low - bf16).abs().max() < 0.2, "equal to bf16 would mean that nothing was converted"
+    log = (tmp_path / "runs" / recipe / "logs" / "rank_0.log").read_text()
+    assert ("simulated" if recipe == "fp8_sim" else "triton") in log
+
+
 def test_blocks_are_really_compiled(arch: Path, shards: list[str]) -> None:
     from torch._dynamo.utils import counters
 
