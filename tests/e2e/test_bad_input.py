@@ -41,7 +41,7 @@ MISTAKES = {
         ["backend=switchback", "backend.fp8_grad=e4m3"],
         ["backend.fp8_grad", "backend.recipe=switchback", "switchback_fp8"],
     ),
-    "CUDA graph on a CPU": (["backend.cuda_graph=on", "device=cpu"], ["backend.cuda_graph=on needs a CUDA GPU", "auto"]),
+    "CUDA graph on a CPU": (["backend.cuda_graph=on", "device=cpu"], ["backend.cuda_graph=on needs a CUDA GPU"]),
     "fp16 on a CPU": (["backend=fp16", "device=cpu"], ["backend=fp16 needs a CUDA GPU", "backend=bf16"]),
     "name with a slash": (["name=a/b"], ["name='a/b'", "runs="]),
     "unknown model": (["model.name=ViT-B-23"], ["ViT-B-23", "ViT-B-32"]),

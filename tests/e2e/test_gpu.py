@@ -47,7 +47,10 @@ def test_a_recorded_step_is_the_same_step(arch: Path, shards: list[str], tmp_pat
     assert (torch.tensor(resumed) - torch.tensor(whole)).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("recipe", ["switchback", "switchback_m", "switchback_r", "switchback_fp8", "llm_int8", "fp8_sim"])
+RECIPES_TRIED = ("switchback", "switchback_m", "switchback_r", "switchback_fp8", "llm_int8", "fp8_sim")
+
+
+@pytest.mark.parametrize("recipe", RECIPES_TRIED)
 def test_recipes_train(recipe: str, arch: Path, shards: list[str], tmp_path: Path) -> None:
     bf16 = torch.tensor(losses(tmp_path, "bf16"))
     low = torch.tensor(losses(tmp_path, recipe, f"backend={recipe}"))
