@@ -22,7 +22,10 @@ def check_dtype(dtype: torch.dtype) -> None:
 
 
 def empty_transposed(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Uninitialised [K, M] for x [M, K], with aligned rows."""
+    """Uninitialised [K, M] for x [M, K], with aligned rows.
+
+    Never contiguous: torch.compile would need one graph for each of the two layouts.
+    """
     rows, cols = x.shape
-    padded = (rows + ALIGN - 1) // ALIGN * ALIGN
+    padded = rows // ALIGN * ALIGN + ALIGN
     return x.new_empty((cols, padded), dtype=dtype)[:, :rows]

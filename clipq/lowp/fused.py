@@ -26,7 +26,7 @@ class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x_bn: Tensor,
+        x: Tensor,
         norm_weight_n: Tensor,
         norm_bias_n: Tensor,
         eps: float,
@@ -40,6 +40,7 @@ class _NormLinear(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         forward, _ = _types(recipe)
+        x_bn = x.flatten(0, -2)
         y_bn, q, scale, mean, rstd = kernels.layer_norm_quantize(
             x_bn, norm_weight_n, norm_bias_n, eps, out_dtype=dtype, dtype=forward, keep=recipe.saved is Saved.input
         )
@@ -49,12 +50,12 @@ class _NormLinear(torch.autograd.Function):
         ctx.recipe, ctx.dtype, ctx.eps = recipe, dtype, eps
         ctx.weight_dtype, ctx.norm_dtype = weight_mn.dtype, norm_weight_n.dtype
         ctx.bias_dtype = None if bias_m is None else bias_m.dtype
-        return out_bm, x_bn.view_as(x_bn)
+        return out_bm.view(*x.shape[:-1], weight_mn.shape[0]), x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x_bn, norm_weight_n, norm_bias_n, mean, rstd, w_qt, w_qt_scale, *kept = ctx.saved_tensors
-        g_bm, residual_bn = grads[0].to(ctx.dtype), grads[1]
+        g_bm, residual_bn = grads[0].flatten(0, -2).to(ctx.dtype), grads[1].flatten(0, -2)
         _, backward = _types(ctx.recipe)
         q, scale, sums_m = kernels.quantize_rows(g_bm, backward, column_sums=True)
         dy_bn = multiply(Quantized(q, scale), Quantized(w_qt, w_qt_scale), out_dtype=ctx.dtype, simulated=False)
@@ -63,7 +64,7 @@ class _NormLinear(torch.autograd.Function):
         dx, dnorm_weight, dnorm_bias = kernels.layer_norm_backward(dy_bn, x_bn, norm_weight_n, mean, rstd, residual_bn)
         db = None if ctx.bias_dtype is None else sums_m.to(ctx.bias_dtype)
         norm = (dnorm_weight.to(ctx.norm_dtype), dnorm_bias.to(ctx.norm_dtype), None)
-        return dx, *norm, dw, db, None, None, None, None, None, None
+        return dx.view(grads[1].shape), *norm, dw, db, None, None, None, None, None, None
 
 
 class _NormMlp(torch.autograd.Function):
@@ -72,7 +73,7 @@ class _NormMlp(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x_bn: Tensor,
+        x: Tensor,
         norm_weight_n: Tensor,
         norm_bias_n: Tensor,
         eps: float,
@@ -95,6 +96,7 @@ class _NormMlp(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor] | Tensor:
         forward, _ = _types(recipe)
         keep = recipe.saved is Saved.input
+        x_bn = x.flatten(0, -2)
         y_bn, y_q, y_scale, mean, rstd = kernels.layer_norm_quantize(
             x_bn, norm_weight_n, norm_bias_n, eps, out_dtype=dtype, dtype=forward, keep=keep
         )
@@ -119,16 +121,17 @@ class _NormMlp(torch.autograd.Function):
         ctx.save_for_backward(x_bn, norm_weight_n, norm_bias_n, mean, rstd, h_bh, *layers, *kept)
         ctx.recipe, ctx.dtype, ctx.eps, ctx.quick, ctx.add = recipe, dtype, eps, quick, add
         ctx.weight_dtype, ctx.norm_dtype = weight_hn.dtype, norm_weight_n.dtype
-        ctx.bias_dtype = None if bias_h is None or bias_n is None else bias_h.dtype
-        return out_bn if add else (out_bn, x_bn.view_as(x_bn))
+        ctx.bias_dtypes = [None if b is None else b.dtype for b in (bias_h, bias_n)]
+        out = out_bn.view(x.shape)
+        return out if add else (out, x.view_as(x))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x_bn, norm_weight_n, norm_bias_n, mean, rstd, h_bh, fc_qt, fc_qt_scale, *rest = ctx.saved_tensors
         proj_qt, proj_qt_scale, *kept = rest
         half = len(kept) // 2
-        residual_bn = grads[0] if ctx.add else grads[1]
-        g_bn = grads[0].to(ctx.dtype)
+        residual_bn = (grads[0] if ctx.add else grads[1]).flatten(0, -2)
+        g_bn = grads[0].flatten(0, -2).to(ctx.dtype)
         _, backward = _types(ctx.recipe)
 
         q, scale, sums_n = kernels.quantize_rows(g_bn, backward, column_sums=True)
@@ -140,10 +143,12 @@ class _NormMlp(torch.autograd.Function):
         y_bn = _norm_output(ctx, x_bn, norm_weight_n, norm_bias_n, kept[:half])
         dw_hn = weight_gradient(dh_bh, y_bn, None, simulated=False).to(ctx.weight_dtype)
         dx, dnorm_weight, dnorm_bias = kernels.layer_norm_backward(dy_bn, x_bn, norm_weight_n, mean, rstd, residual_bn)
-        db_h = None if ctx.bias_dtype is None else sums_h.to(ctx.bias_dtype)
-        db_n = None if ctx.bias_dtype is None else sums_n.to(ctx.bias_dtype)
+        db_h, db_n = (
+            None if dtype is None else sums.to(dtype)
+            for dtype, sums in zip(ctx.bias_dtypes, (sums_h, sums_n), strict=True)
+        )
         norm = (dnorm_weight.to(ctx.norm_dtype), dnorm_bias.to(ctx.norm_dtype), None)
-        return dx, *norm, dw_hn, db_h, *(None,) * 4, dw_nh, db_n, *(None,) * 8
+        return dx.view(grads[0].shape), *norm, dw_hn, db_h, *(None,) * 4, dw_nh, db_n, *(None,) * 8
 
 
 def _types(recipe: LinearRecipe) -> tuple[torch.dtype, torch.dtype]:
@@ -177,23 +182,19 @@ def _activation_output(ctx: Any, h_bh: Tensor, kept: list[Tensor]) -> Tensor:
 
 def norm_linear(x: Tensor, norm: nn.LayerNorm, layer: LowpLinear) -> tuple[Tensor, Tensor]:
     """(layer(norm(x)), x): [..., n] -> [..., m] and x again, to be used in place of x from here on."""
-    flat = x.reshape(-1, x.shape[-1])
-    out, flat = _NormLinear.apply(  # pyright: ignore[reportGeneralTypeIssues]
-        *(flat, norm.weight, norm.bias, norm.eps, layer.weight, layer.bias),
+    return _NormLinear.apply(  # pyright: ignore[reportReturnType]
+        *(x, norm.weight, norm.bias, norm.eps, layer.weight, layer.bias),
         *(*layer.quantized_weight(), layer.recipe, compute_dtype(x)),
     )
-    return out.view(*x.shape[:-1], layer.weight.shape[0]), flat.view(x.shape)
 
 
 def norm_mlp(
     x: Tensor, norm: nn.LayerNorm, fc: LowpLinear, proj: LowpLinear, *, quick: bool, add: bool
 ) -> tuple[Tensor, Tensor] | Tensor:
     """x + proj(gelu(fc(norm(x)))) where `add`; else the branch alone and x again, to be used in place of x."""
-    flat = x.reshape(-1, x.shape[-1])
-    out: Any = _NormMlp.apply(
-        *(flat, norm.weight, norm.bias, norm.eps),
+    return _NormMlp.apply(  # pyright: ignore[reportReturnType]
+        *(x, norm.weight, norm.bias, norm.eps),
         *(fc.weight, fc.bias, *fc.quantized_weight()),
         *(proj.weight, proj.bias, *proj.quantized_weight()),
         *(quick, add, fc.recipe, compute_dtype(x)),
     )
-    return out.view(x.shape) if add else (out[0].view(x.shape), out[1].view(x.shape))

@@ -26,10 +26,10 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x_bn: Tensor,
+        x: Tensor,
         weight_mn: Tensor,
         bias_m: Tensor | None,
-        residual_bm: Tensor | None,
+        residual: Tensor | None,
         w_q: Tensor,
         w_scale: Tensor,
         w_qt: Tensor,
@@ -38,30 +38,30 @@ class _Linear(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         assert recipe.output is not None
-        x16_bn = x_bn.to(dtype)
-        x = quantize(x16_bn, recipe.output.left)
-        saved = x if recipe.saved is Saved.quantized else (x16_bn,)
+        x_bn = x.flatten(0, -2).to(dtype)
+        quantized = quantize(x_bn, recipe.output.left)
+        saved = quantized if recipe.saved is Saved.quantized else (x_bn,)
         ctx.save_for_backward(w_qt, w_qt_scale, *saved)
         ctx.recipe, ctx.dtype = recipe, dtype
-        ctx.x_dtype, ctx.weight_dtype = x_bn.dtype, weight_mn.dtype
+        ctx.x_dtype, ctx.weight_dtype = x.dtype, weight_mn.dtype
         ctx.bias_dtype = None if bias_m is None else bias_m.dtype
-        ctx.residual = residual_bm is not None
-        return multiply(
-            x,
+        ctx.residual = residual is not None
+        y_bm = multiply(
+            quantized,
             Quantized(w_q, w_scale),
             bias=bias_m,
-            residual=residual_bm,
-            out_dtype=dtype if residual_bm is None else residual_bm.dtype,
+            residual=None if residual is None else residual.flatten(0, -2),
+            out_dtype=dtype if residual is None else residual.dtype,
             simulated=recipe.simulated,
         )
+        return y_bm.view(*x.shape[:-1], weight_mn.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         recipe: LinearRecipe = ctx.recipe
         assert recipe.grad_input is not None
         w_qt, w_qt_scale, *saved = ctx.saved_tensors
-        residual = grads[0] if ctx.residual else None
-        g_bm = grads[0].to(ctx.dtype)
+        g_bm = grads[0].flatten(0, -2).to(ctx.dtype)
         sums_m = None
         if recipe.grad_input.left.scales is Scales.vector:
             q, scale, sums_m = kernels.quantize_rows(g_bm, recipe.grad_input.left.dtype, column_sums=True)
@@ -70,13 +70,14 @@ class _Linear(torch.autograd.Function):
             g = quantize(g_bm, recipe.grad_input.left)
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            dx = multiply(g, Quantized(w_qt, w_qt_scale), out_dtype=ctx.x_dtype, simulated=recipe.simulated)
+            dx_bn = multiply(g, Quantized(w_qt, w_qt_scale), out_dtype=ctx.x_dtype, simulated=recipe.simulated)
+            dx = dx_bn.view(*grads[0].shape[:-1], w_qt.shape[0])
         if ctx.needs_input_grad[1]:
             x_bn = dequantize(Quantized(*saved), ctx.dtype) if recipe.saved is Saved.quantized else saved[0]
             dw = weight_gradient(g_bm, x_bn, recipe.grad_weight, simulated=recipe.simulated).to(ctx.weight_dtype)
         if ctx.bias_dtype is not None:
             db = (g_bm.float().sum(0) if sums_m is None else sums_m).to(ctx.bias_dtype)
-        return dx, dw, db, residual, None, None, None, None, None, None
+        return dx, dw, db, grads[0] if ctx.residual else None, None, None, None, None, None, None
 
 
 def dequantize(x: Quantized, dtype: torch.dtype) -> Tensor:
@@ -105,16 +106,9 @@ def linear(
         [..., m] of autocast's type, or of x's where autocast is off.
     """
     w = quantize_weight(weight.detach(), recipe) if quantized is None else quantized
-    out = _Linear.apply(
-        x.reshape(-1, x.shape[-1]),
-        weight,
-        bias,
-        None if residual is None else residual.reshape(-1, weight.shape[0]),
-        *w,
-        recipe,
-        compute_dtype(x),
-    )
-    return out.view(*x.shape[:-1], weight.shape[0])  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+    rows = x if x.ndim > 1 else x[None]
+    out: Any = _Linear.apply(rows, weight, bias, residual, *w, recipe, compute_dtype(x))
+    return out if x.ndim > 1 else out[0]
 
 
 class LowpLinear(nn.Linear):

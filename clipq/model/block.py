@@ -12,6 +12,7 @@ Shapes: B batch, L tokens, D width, H heads, E head width (D = H·E), K tokens k
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -146,7 +147,14 @@ class Block(nn.Module):
         ln_1, ln_2: norms over D before attention and MLP.
         ln_attn: norm over D of the attention branch (NormFormer), or None.
         ls_1, ls_2: layer scale of the two branches, or None.
+
+    Attributes:
+        fused: None, or what computes the block in place of the modules' own forwards: a function of the block, its
+        input and the
+            mask (`clipq.lowp.block` sets it).
     """
+
+    fused: Callable[[Block, Tensor, Tensor | None], Tensor] | None
 
     def __init__(
         self,
@@ -167,6 +175,7 @@ class Block(nn.Module):
         self.ln_2 = ln_2
         self.mlp = mlp
         self.ls_2 = ls_2 or nn.Identity()
+        self.fused = None
 
     def pairs(self) -> list[Pair]:
         """The linear layers that can be fused with what feeds them.
@@ -211,6 +220,8 @@ class Block(nn.Module):
         """
         if k_x is not None or v_x is not None:
             raise NotImplementedError("clipq's Block is self-attention only: k_x and v_x must be None")
+        if self.fused is not None:
+            return self.fused(self, x_BLD, attn_mask)
         x_BLD = x_BLD + self.ls_1(self.ln_attn(self.attn(self.ln_1(x_BLD), attn_mask)))
         return x_BLD + self.ls_2(self.mlp(self.ln_2(x_BLD)))
 

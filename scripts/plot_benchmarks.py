@@ -1,0 +1,110 @@
+"""Draws the recorded benchmarks of docs/benchmarks/ into docs/images/.
+
+plot_benchmarks.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from results import FOLDER, ROOT, STEP_NAMES
+
+COLOURS = {"bf16": "#7a7a7a", "quantize": "#e8a33d", "product": "#3b75af", "16-bit": "#8fb8de"}
+
+
+def save(figure: Any, name: str) -> None:
+    path = ROOT / "docs" / "images" / f"{name}.png"
+    figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
+    print(f"wrote {path.relative_to(ROOT)}")
+
+
+def step(name: str, result: dict[str, Any]) -> None:
+    """Images a second of each column, as a CUDA graph where measured."""
+    columns = {k: c for k, c in result["results"]["columns"].items() if "error" not in c}
+    batch = result["results"]["settings"]["batch"]
+    rates = {k: 1e3 * batch / (c["graph_step_ms"] or c["step_ms"]) for k, c in columns.items()}
+    figure, axes = plt.subplots(figsize=(7, 0.45 * len(rates) + 1))
+    bars = axes.barh(
+        [STEP_NAMES.get(k, f"clipq, {k}") for k in rates],
+        list(rates.values()),
+        color=[COLOURS["product" if "switchback" in k else "bf16"] for k in rates],
+    )
+    axes.bar_label(bars, fmt="{:.0f}", padding=3)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlabel("images/s")
+    axes.set_title(f"{result['title']}, {result['environment']['device']}", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, name)
+
+
+def linear(name: str, result: dict[str, Any]) -> None:
+    """Where the time of a linear layer goes, in bf16 and by the recipe (the paper's figure 3)."""
+    layers = result["results"]["operations"]
+    parts = {  # operation -> colour; those of bf16 first
+        "bf16 output": "bf16",
+        "bf16 input gradient": "bf16",
+        "bf16 weight gradient": "16-bit",
+        "bf16 bias gradient": "quantize",
+        "quantize X": "quantize",
+        "quantize W": "quantize",
+        "output": "product",
+        "quantize G and sum for the bias": "quantize",
+        "input gradient": "product",
+    }
+    figure, axes = plt.subplots(figsize=(7, 4))
+    labels: set[str] = set()
+    for place, times in enumerate(layers.values()):
+        for row, ours in ((place * 2.6, False), (place * 2.6 + 1, True)):
+            start = 0.0
+            for part, colour in parts.items():
+                if part.startswith("bf16") == ours and part != "bf16 weight gradient":
+                    continue
+                width = times[part]
+                meaning = {
+                    "bf16": "bf16 product",
+                    "16-bit": "16-bit weight gradient",
+                    "quantize": "quantization, sums",
+                    "product": "8-bit product",
+                }[colour]
+                axes.barh(
+                    row,
+                    width,
+                    left=start,
+                    color=COLOURS[colour],
+                    edgecolor="white",
+                    label=None if meaning in labels else meaning,
+                )
+                labels.add(meaning)
+                start += width
+    axes.set_yticks(
+        [p * 2.6 + d for p in range(len(layers)) for d in (0, 1)],
+        [f"{layer} {kind}" for layer in layers for kind in ("bf16", result["results"]["recipe"])],
+        fontsize=8,
+    )
+    axes.invert_yaxis()
+    axes.set_xlabel("milliseconds, forward and backward")
+    axes.set_title(
+        f"One linear layer, {result['results']['tokens']:,} tokens, {result['environment']['device']}", fontsize=10
+    )
+    axes.legend(fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, name)
+
+
+def main() -> None:
+    for path in sorted(Path(FOLDER).glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        draw = {"step": step, "linear": linear}.get(result["kind"])
+        if draw is not None:
+            draw(path.stem, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Low-precision layers sharded by FSDP2: the gradients of one process, from two."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from clipq.lowp import convert_linears
+from tests.helpers import run_distributed
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(24, 40), nn.GELU(), nn.Linear(40, 17))
+    convert_linears(layers, "switchback")
+    return layers
+
+
+def compare() -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    x = torch.randn(2, 6, 24, generator=torch.Generator().manual_seed(1))
+    alone = model()
+    # each process quantizes its own rows by themselves, so the two halves are those of one batch
+    (sum(alone(half).square().mean() for half in x) / 2).backward()
+    sharded = model()
+    for layer in sharded:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer)
+    fully_shard(sharded)
+    sharded(x[rank]).square().mean().backward()
+    for one, other in zip(alone.parameters(), sharded.parameters(), strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        torch.testing.assert_close(other.grad.full_tensor(), one.grad, rtol=1e-5, atol=1e-7)
+    dist.destroy_process_group()
+
+
+def test_two_sharded_processes_have_the_gradients_of_one() -> None:
+    run_distributed(compare, 2)

@@ -1,0 +1,60 @@
+"""When a step is recorded as a CUDA graph; the recording itself is tested on a GPU (tests/e2e/test_gpu.py)."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from clipq.build import wants_graph
+from clipq.config.choices import Switch
+from clipq.train.graph import WARMUP, Graphed
+
+KEPT = {"visual": "a ResNet has convolutional blocks"}
+
+
+def decide(
+    switch: Switch = Switch.auto,
+    device: str = "cuda",
+    distributed: bool = False,
+    checkpointing: bool = False,
+    kept: Any = (),
+) -> bool:
+    job = SimpleNamespace(
+        backend=SimpleNamespace(cuda_graph=switch), model=SimpleNamespace(grad_checkpointing=checkpointing)
+    )
+    clip = SimpleNamespace(report=SimpleNamespace(kept=dict(kept)))
+    env = SimpleNamespace(device=torch.device(device), is_distributed=distributed)
+    return wants_graph(job, clip, env)  # pyright: ignore[reportArgumentType]
+
+
+def test_auto_records_where_nothing_needs_the_host() -> None:
+    assert decide()
+
+
+@pytest.mark.parametrize(
+    "obstacle", [{"device": "cpu"}, {"distributed": True}, {"checkpointing": True}, {"kept": KEPT}]
+)
+def test_auto_does_not_record_elsewhere(obstacle: dict[str, Any]) -> None:
+    assert not decide(**obstacle)
+
+
+def test_on_and_off_are_obeyed() -> None:
+    assert decide(Switch.on, kept=KEPT)
+    assert not decide(Switch.off)
+
+
+def test_first_calls_are_the_function_itself() -> None:
+    seen = []
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x)
+        return 2 * x
+
+    graphed = Graphed(function, before_recording=lambda: seen.clear(), device=torch.device("cpu"))
+    for n in range(WARMUP):
+        assert graphed(torch.tensor(float(n))).item() == 2 * n
+    assert len(seen) == WARMUP
+    assert not graphed.recorded
