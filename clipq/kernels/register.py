@@ -35,8 +35,10 @@ def register(name: str, schema: str, *, reference: Callable[..., Any], fake: Cal
             return load()(*args)
 
     def on_cpu(*args: Any) -> Any:
+        # results are laid out as the kernels lay them out, whatever the strides of the arguments
+        dense = (a.contiguous() if isinstance(a, torch.Tensor) else a for a in args)
         with torch._C._DisableAutocast():
-            return reference(*args)
+            return reference(*dense)
 
     torch.library.impl(f"clipq::{name}", "cpu", on_cpu)
     torch.library.impl(f"clipq::{name}", "cuda", on_cuda)

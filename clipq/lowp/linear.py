@@ -106,9 +106,10 @@ def linear(
         [..., m] of autocast's type, or of x's where autocast is off.
     """
     w = quantize_weight(weight.detach(), recipe) if quantized is None else quantized
-    rows = x if x.ndim > 1 else x[None]
-    out: Any = _Linear.apply(rows, weight, bias, residual, *w, recipe, compute_dtype(x))
-    return out if x.ndim > 1 else out[0]
+    if x.ndim == 1:
+        residual = None if residual is None else residual[None]
+        return linear(x[None], weight, bias, recipe, residual=residual, quantized=w)[0]
+    return _Linear.apply(x, weight, bias, residual, *w, recipe, compute_dtype(x))  # pyright: ignore[reportReturnType]
 
 
 class LowpLinear(nn.Linear):

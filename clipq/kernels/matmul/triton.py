@@ -170,7 +170,7 @@ def hopper_tile(K: int, *, int8: bool, residual: bool, out_bytes: int) -> Tile:
     return Tile(128, 256, 128, 4, 8, 4, 2, 1)
 
 
-POINTER_TILE = Tile(128, 128, 64, 8, 4, 3)
+POINTER_TILE = Tile(128, 128, 64, 8, 8, 3)
 """For every other GPU: fits the 99 KB of shared memory of consumer cards. Not tuned."""
 
 

@@ -90,7 +90,7 @@ def quantize_tensor(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tens
         x: [M, K] of any floating type.
 
     Returns:
-        q [M, K] of `dtype`, its transpose [K, M] (unit stride along M, rows aligned to 16 bytes), scale [] float32.
+        q [M, K] of `dtype`, its transpose [K, M] (unit stride along M, rows aligned to 128 bytes), scale [] float32.
     """
     check_dtype(dtype)
     return _tensor(x, dtype)
@@ -104,7 +104,7 @@ def quantize_columns(x: Tensor, dtype: torch.dtype, *, seed: Tensor | None = Non
         seed: [] int64 on x's device: int8 is then rounded up or down at random, with the mean kept.
 
     Returns:
-        qt [K, M] of `dtype` (unit stride along M, rows aligned to 16 bytes), scale [K] float32.
+        qt [K, M] of `dtype` (unit stride along M, rows aligned to 128 bytes), scale [K] float32.
 
     Raises:
         ValueError: a seed with another type than int8.

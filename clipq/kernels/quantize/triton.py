@@ -136,7 +136,7 @@ def _lacks(device: torch.device, dtype: torch.dtype) -> bool:
 
 def quantize_rows(x: Tensor, dtype: torch.dtype, column_sums: bool) -> tuple[Tensor, Tensor, Tensor]:
     if _lacks(x.device, dtype):
-        return reference.quantize_rows(x, dtype, column_sums)
+        return reference.quantize_rows(x.contiguous(), dtype, column_sums)
     x = unit_stride(x)
     rows, cols = x.shape
     q, scale = x.new_empty((rows, cols), dtype=dtype), x.new_empty(rows, dtype=torch.float32)
@@ -160,7 +160,7 @@ def _tiles(x: Tensor) -> tuple[int, int]:
 
 def quantize_tensor(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     if _lacks(x.device, dtype):
-        return reference.quantize_tensor(x, dtype)
+        return reference.quantize_tensor(x.contiguous(), dtype)
     x = x.contiguous()
     q, qt = x.new_empty(x.shape, dtype=dtype), empty_transposed(x, dtype)
     scale = x.new_empty((), dtype=torch.float32)
@@ -176,7 +176,7 @@ def quantize_tensor(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tens
 
 def quantize_columns(x: Tensor, dtype: torch.dtype, seed: Tensor | None) -> tuple[Tensor, Tensor]:
     if _lacks(x.device, dtype):
-        return reference.quantize_columns(x, dtype, seed)
+        return reference.quantize_columns(x.contiguous(), dtype, seed)
     x = unit_stride(x)
     qt, scale = empty_transposed(x, dtype), x.new_empty(x.shape[1], dtype=torch.float32)
     amax = x.new_zeros(x.shape[1], dtype=torch.int32)
