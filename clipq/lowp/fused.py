@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from clipq import kernels
-from clipq.lowp.linear import LowpLinear, dequantize
+from clipq.lowp.linear import LowpLinear, dequantize, unflatten
 from clipq.lowp.products import Quantized, compute_dtype, multiply, weight_gradient
 from clipq.lowp.recipe import LinearRecipe, Saved
 
@@ -50,7 +50,7 @@ class _NormLinear(torch.autograd.Function):
         ctx.recipe, ctx.dtype, ctx.eps = recipe, dtype, eps
         ctx.weight_dtype, ctx.norm_dtype = weight_mn.dtype, norm_weight_n.dtype
         ctx.bias_dtype = None if bias_m is None else bias_m.dtype
-        return out_bm.view(*x.shape[:-1], weight_mn.shape[0]), x.view_as(x)
+        return unflatten(out_bm, x), x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -64,7 +64,7 @@ class _NormLinear(torch.autograd.Function):
         dx, dnorm_weight, dnorm_bias = kernels.layer_norm_backward(dy_bn, x_bn, norm_weight_n, mean, rstd, residual_bn)
         db = None if ctx.bias_dtype is None else sums_m.to(ctx.bias_dtype)
         norm = (dnorm_weight.to(ctx.norm_dtype), dnorm_bias.to(ctx.norm_dtype), None)
-        return dx.view(grads[1].shape), *norm, dw, db, None, None, None, None, None, None
+        return unflatten(dx, grads[1]), *norm, dw, db, None, None, None, None, None, None
 
 
 class _NormMlp(torch.autograd.Function):
@@ -122,7 +122,7 @@ class _NormMlp(torch.autograd.Function):
         ctx.recipe, ctx.dtype, ctx.eps, ctx.quick, ctx.add = recipe, dtype, eps, quick, add
         ctx.weight_dtype, ctx.norm_dtype = weight_hn.dtype, norm_weight_n.dtype
         ctx.bias_dtypes = [None if b is None else b.dtype for b in (bias_h, bias_n)]
-        out = out_bn.view(x.shape)
+        out = unflatten(out_bn, x)
         return out if add else (out, x.view_as(x))
 
     @staticmethod
@@ -148,7 +148,7 @@ class _NormMlp(torch.autograd.Function):
             for dtype, sums in zip(ctx.bias_dtypes, (sums_h, sums_n), strict=True)
         )
         norm = (dnorm_weight.to(ctx.norm_dtype), dnorm_bias.to(ctx.norm_dtype), None)
-        return dx.view(grads[0].shape), *norm, dw_hn, db_h, *(None,) * 4, dw_nh, db_n, *(None,) * 8
+        return unflatten(dx, grads[0]), *norm, dw_hn, db_h, *(None,) * 4, dw_nh, db_n, *(None,) * 8
 
 
 def _types(recipe: LinearRecipe) -> tuple[torch.dtype, torch.dtype]:

@@ -54,7 +54,7 @@ class _Linear(torch.autograd.Function):
             out_dtype=dtype if residual is None else residual.dtype,
             simulated=recipe.simulated,
         )
-        return y_bm.view(*x.shape[:-1], weight_mn.shape[0])
+        return unflatten(y_bm, x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -71,13 +71,18 @@ class _Linear(torch.autograd.Function):
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
             dx_bn = multiply(g, Quantized(w_qt, w_qt_scale), out_dtype=ctx.x_dtype, simulated=recipe.simulated)
-            dx = dx_bn.view(*grads[0].shape[:-1], w_qt.shape[0])
+            dx = unflatten(dx_bn, grads[0])
         if ctx.needs_input_grad[1]:
             x_bn = dequantize(Quantized(*saved), ctx.dtype) if recipe.saved is Saved.quantized else saved[0]
             dw = weight_gradient(g_bm, x_bn, recipe.grad_weight, simulated=recipe.simulated).to(ctx.weight_dtype)
         if ctx.bias_dtype is not None:
             db = (g_bm.float().sum(0) if sums_m is None else sums_m).to(ctx.bias_dtype)
         return dx, dw, db, grads[0] if ctx.residual else None, None, None, None, None, None, None
+
+
+def unflatten(rows: Tensor, like: Tensor) -> Tensor:
+    """[b, m] -> the leading shape of `like`, then m; not a view to autograd, so that whoever gets it may change it."""
+    return torch.ops.aten._unsafe_view(rows, (*like.shape[:-1], rows.shape[1]))
 
 
 def dequantize(x: Quantized, dtype: torch.dtype) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -35,6 +37,9 @@ def compare() -> None:
         assert one.grad is not None
         assert other.grad is not None
         torch.testing.assert_close(other.grad.full_tensor(), one.grad, rtol=1e-5, atol=1e-7)
+    del sharded, other, one
+    gc.collect()  # or threads of gloo outlive the group
+    dist.barrier()
     dist.destroy_process_group()
 
 
