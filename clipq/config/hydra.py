@@ -112,11 +112,21 @@ def _fail(message: str) -> typing.NoReturn:
 
 
 def _quote_braces(argument: str) -> str:
-    """Quotes the value of `key=path/{00000..00099}.tar`: Hydra's grammar would read the braces as a dictionary."""
+    """Quotes the value of `key=path/{00000..00099}.tar`, or such an element of a list: Hydra's grammar would read the
+    braces as a dictionary."""
     key, equals, value = argument.partition("=")
-    if equals and re.search(r"\{[\w,]+(\.\.|,)[\w,.]+\}", value) and value[0] not in "'\"[{":
-        return f'{key}="{value}"'
-    return argument
+    if value.startswith("[") and value.endswith("]"):
+        return f"{key}=[{_ELEMENT.sub(lambda element: _quote_range(element[0]), value[1:-1])}]"
+    return f"{key}={_quote_range(value)}" if equals else argument
+
+
+_ELEMENT = re.compile(r"""(?=[^\s,])(?:'[^']*'|"[^"]*"|\{[^}]*\}|[^,])+""")
+"""Of a list: up to a comma outside of quotes and braces."""
+
+
+def _quote_range(text: str) -> str:
+    has_range = re.search(r"\{[\w,]+(\.\.|,)[\w,.]+\}", text)
+    return f'"{text}"' if has_range and text[0] not in "'\"[{" else text
 
 
 # --- what a type declares -----------------------------------------------------------------------------------------
