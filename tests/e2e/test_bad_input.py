@@ -46,6 +46,10 @@ MISTAKES = {
         ["eval=zero_shot", "eval.tasks.zero_shot.shards=data/00000.tar"],
         ["eval.tasks.zero_shot.classnames is not set"],
     ),
+    "new task": (
+        ["+eval.tasks.a={kind:retrieval}"],
+        ["eval.tasks.a: ", "an entry of eval.tasks, written as in 'eval.tasks={a: {…}}'"],
+    ),
     "unknown class list": (
         [
             "eval=zero_shot",
