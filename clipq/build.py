@@ -261,7 +261,8 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
     """
     torch.manual_seed(job.seed)
     with reported_as_config_error():
-        check_members(expand(job.data.shards), (job.data.image, build_captions(job.data.caption).member))
+        shards, captions = expand(job.data.shards), build_captions(job.data.caption)
+        check_members(shards, (job.data.image, captions.member), captions.all)
         evaluators = build_evaluators(job.eval)
         clip = build_model(job.model)
     if getattr(clip.model, "logit_bias", None) is not None:

@@ -31,6 +31,8 @@ MISTAKES = {
     "empty glob": (["data.shards=no/*.tar"], ["no shard matches 'no/*.tar'"]),
     "folder for shards": (["data.shards=data"], ["data is a folder", "data/*.tar"]),
     "shard twice": (["data.shards=[data/00000.tar,data/00000.tar]"], ["data/00000.tar is named twice"]),
+    "shard that is none": (["data.shards=tiny.json"], ["data.shards: no sample could be read from tiny.json"]),
+    "missing caption field": (["data.caption.field=json.nothing"], ["json field 'nothing'", "has: captions, n"]),
     "negative steps": (["steps=0"], ["steps=0: expected 1 or more"]),
     "warm-up too long": (["steps=10", "schedule.warmup=20"], ["schedule.warmup=20", "steps=10", "lower them"]),
     "cooldown without its schedule": (["schedule.cooldown=5"], ["constant_cooldown"]),
