@@ -41,7 +41,7 @@ def _evaluate(job: EvalJob, env: DistEnv) -> None:
     from clipq.log.folder import environment
 
     console = Console(enabled=env.is_main)
-    setup_logging(console, file=None)
+    setup_logging(console, file=None, rank=env.rank)
     with reported_as_config_error():
         config, output = resolve_checkpoint(job)
         evaluators = build_evaluators(job.eval)

@@ -41,17 +41,17 @@ def train_job(job: TrainJob, yaml: str) -> None:
 
 
 def _train(job: TrainJob, yaml: str, env: DistEnv) -> None:
-    from clipq.build import build_run, build_writers
+    from clipq.build import build_run, build_writers, reported_as_config_error
     from clipq.data.shards import DataError
     from clipq.log.console import Console, setup_logging
     from clipq.log.folder import environment, flatten_yaml, write_folder
     from clipq.train.loop import NonFiniteLossError, train, write
 
     folder = Path(job.runs) / job.name
-    differing = _changes_since_checkpoint(job, folder, yaml)
-    env.barrier()  # every rank has read the folder before one of them changes it
+    with reported_as_config_error():  # which waits: every rank has read the folder before one of them changes it
+        differing = _changes_since_checkpoint(job, folder, yaml)
     console = Console(enabled=env.is_main)
-    setup_logging(console, file=folder / "logs" / f"rank_{env.rank}.log")
+    setup_logging(console, file=folder / "logs" / f"rank_{env.rank}.log", rank=env.rank)
     for line in differing:
         log.warning("changed since the checkpoint: %s", line)
     try:
@@ -72,7 +72,10 @@ def _train(job: TrainJob, yaml: str, env: DistEnv) -> None:
         log.info("finished: %s", folder)
     except ConfigError:
         raise
-    except (NonFiniteLossError, DataError) as error:
+    except NonFiniteLossError as error:  # on every rank at once: rank 0 speaks for all
+        log.log(logging.ERROR if env.is_main else logging.WARNING, "%s", error)
+        raise SystemExit(1) from error
+    except DataError as error:
         log.error("%s", error)
         raise SystemExit(1) from error
     except Exception:

@@ -10,7 +10,7 @@ import pytest
 import clipq.build
 from clipq.cli import eval as eval_command
 from clipq.cli import train as train_command
-from tests.helpers import colour_samples, colour_shards, command, tiny_arch, write_shard
+from tests.helpers import colour_samples, colour_shards, command, command_on_two_ranks, tiny_arch, write_shard
 
 MISTAKES = {
     "unknown setting": (["optim.lrr=1"], ["optim.lrr: no such setting", "Did you mean optim.lr?", "weight_decay"]),
@@ -153,3 +153,22 @@ def test_shards_without_captions_end_the_run(tmp_path: Path, good_shards: int, c
     assert "caption, png" in said
     assert "Traceback" not in done.stdout + done.stderr
     assert ("parameters" in done.stdout) == (code == 1), "the model is built where the first shard is good"
+
+
+def test_error_of_another_rank_reaches_the_terminal(tmp_path: Path) -> None:
+    """Rank 0 itself only sees that a connection was closed."""
+    samples = colour_samples(20)
+    write_shard(tmp_path / "data" / "0.tar", samples)
+    write_shard(tmp_path / "data" / "1.tar", [{"png": s["png"]} for s in samples])
+    arguments = [f"model.name={tiny_arch(tmp_path)}", "data.shards=data/*.tar", "batch_size=4", "data.workers=1"]
+    done = command_on_two_ranks("train", *arguments, "data.shuffle=1", cwd=tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.count("[rank 1] error: shard data/1.tar has no sample with jpg;jpeg;png;webp and txt") == 1
+
+
+def test_two_ranks_tell_a_mistake_once(tmp_path: Path) -> None:
+    write_shard(tmp_path / "data" / "0.tar", colour_samples(4))
+    arguments = [f"model.name={tiny_arch(tmp_path)}", "batch_size=4", "data.workers=1"]
+    done = command_on_two_ranks("train", *arguments, "data.shards=no.tar", cwd=tmp_path)
+    assert done.stderr.count("train: no shard matches 'no.tar'") == 1
+    assert "rank 1: no shard" not in done.stderr
