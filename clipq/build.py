@@ -295,7 +295,13 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
 
     stream = build_stream(job.data, clip, env, batch_size=job.batch_size, seed=job.seed)
     workers = default_workers(env.local_world_size) if job.data.workers is None else job.data.workers
-    loader_info = {"workers": workers, "world_size": env.world_size}
+    warn_of_few_shards(len(shards), ranks=env.world_size, workers=workers)
+    loader_info = {
+        "workers": workers,
+        "world_size": env.world_size,
+        "shards": len(shards),
+        "shard_names": names_digest(shards),
+    }
     checkpoints = Checkpoints(
         folder / "checkpoints",
         env,
@@ -352,13 +358,24 @@ def wants_graph(job: TrainJob, clip: ClipModel, env: DistEnv) -> bool:
 
 
 def resume(checkpoints: Checkpoints, state: TrainState, env: DistEnv, loader: dict[str, int]) -> None:
-    """Takes the newest checkpoint into the state, if there is one, and says what will not be exact."""
+    """Takes the newest checkpoint into the state, if there is one, and says what will not be exact.
+
+    Raises:
+        ConfigError: the run was begun on other shards.
+    """
     path = newest(checkpoints.folder)
     if path is None:
         return
     saved_loader = load(path, state, env)
+    if any(saved_loader.get(key, loader[key]) != loader[key] for key in ("shards", "shard_names")):
+        raise ConfigError(
+            f"data.shards: {path} was trained on {saved_loader['shards']} shards, and the {loader['shards']} of now "
+            "have other names or another order, so that its place in them is lost: put them back (in any folder), or "
+            f"choose another name=, with model.pretrained={path} to start from its weights"
+        )
     log.info("resumed from %s at step %d", path, state.step)
-    for key, now in loader.items():
+    for key in ("workers", "world_size"):
+        now = loader[key]
         if saved_loader[key] != now:
             log.warning(
                 "%s was %d and is %d now: from here on the order of samples, and the random numbers of dropout, differ "
