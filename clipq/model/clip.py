@@ -20,6 +20,7 @@ from open_clip.model import set_model_preprocess_cfg
 from open_clip.timm_model import TimmModel
 from open_clip.tokenizer import HFTokenizer
 from open_clip.transform import merge_preprocess_dict
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from clipq.model.arch import SCHEMES, Architecture, apply_settings, read_architecture
@@ -113,6 +114,8 @@ def create_model(
     tag, file = _resolve_pretrained(arch, pretrained)
     tokenizer = _tokenizer(arch)
     model = _build(arch, config, tag, image_size, load_text=file is None)
+    if arch.vision_kind == "timm":
+        _check_timm_size(model, arch)
     if grad_checkpointing:
         _checkpoint_blocks(model, arch)
     report = replace_blocks(model)
@@ -144,6 +147,8 @@ def _build(
 ) -> nn.Module:
     if arch.vision_kind == "timm":
         config["vision_cfg"]["timm_model_pretrained"] = False  # random unless `pretrained` says otherwise
+        if arch.from_file:  # OpenCLIP would prepare images of the size in the file for a tower of timm's own size
+            image_size = config["vision_cfg"].get("image_size")
     if arch.text_kind == "huggingface":
         config["text_cfg"]["hf_model_pretrained"] = load_text and tag is None
     # timm towers take another size only through force_image_size, the others through the configuration.
@@ -159,6 +164,25 @@ def _build(
                 return open_clip.create_model(f"local-dir:{folder}", **options)
     except Exception as error:
         raise _explain(error, arch, config, tag) from error
+
+
+def _check_timm_size(model: Any, arch: Architecture) -> None:
+    """Raises ValueError for a size that the tower would meet with an assertion at its first image."""
+    trunk, (height, width) = model.visual.trunk, model.visual.image_size
+    own = tuple(trunk.pretrained_cfg["input_size"][1:])
+    fixed = trunk.pretrained_cfg.get("fixed_input_size") and not hasattr(trunk, "set_input_size")
+    embed: Any = getattr(trunk, "patch_embed", None)
+    patch = embed.patch_size if isinstance(embed, PatchEmbed) and not embed.dynamic_img_pad else (1, 1)
+    if fixed and (height, width) != own:
+        expected = f"{own[0]}, the only one it takes"
+    elif height % patch[0] or width % patch[1]:
+        expected = f"a multiple of its patches of {patch[0]}, such as {max(1, round(height / patch[0])) * patch[0]}"
+    else:
+        return
+    raise ValueError(
+        f"model {arch.name}: an image size of {height} with the timm model "
+        f"{arch.config['vision_cfg']['timm_model_name']}: expected {expected}: set model.image_size, or image_size in the JSON file"
+    )
 
 
 def _explain(error: Exception, arch: Architecture, config: dict[str, Any], tag: str | None) -> ValueError:
