@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from omegaconf import OmegaConf
 
-from clipq.cli.train import synthetic
+from clipq.cli.train import render_synthetic, synthetic
 from clipq.config.groups import ConfigError, ModelConfig
 from clipq.config.hydra import run
 from clipq.config.schema import EvalJob, check_backend
@@ -26,11 +26,12 @@ def main() -> None:
     run(EvalJob, "eval", eval_job, synthetic=synthetic)
 
 
-def eval_job(job: EvalJob, _yaml: str) -> None:
+def eval_job(job: EvalJob, resolved: str) -> None:
     """Runs an evaluation on this process and those that torchrun started beside it."""
     from clipq.dist.env import cuda_capability, distributed
 
     check_backend(job.backend, device=job.device, capability=cuda_capability())
+    render_synthetic(resolved)
     with distributed(job.device.value, timeout_minutes=job.parallel.timeout_minutes) as env:
         _evaluate(job, env)
 

@@ -25,10 +25,22 @@ def main() -> None:
 
 
 def synthetic() -> str:
-    """`${clipq.synthetic:}` in YAML: the folder of the built-in data set, rendered on first use."""
-    from clipq.data.synthetic import ensure
+    """`${clipq.synthetic:}` in YAML: the folder of the built-in data set, which `render_synthetic` fills."""
+    from clipq.data.synthetic import folder_of
 
-    return str(ensure())
+    return str(folder_of())
+
+
+def render_synthetic(yaml: str) -> None:
+    """Renders the built-in data set on first use by a configuration. Twenty seconds: called after all quick checks."""
+    from clipq.data.synthetic import CacheError, ensure
+    from clipq.log.folder import flatten_yaml
+
+    if any(synthetic() in str(value) for value in flatten_yaml(yaml).values()):
+        try:
+            ensure()
+        except CacheError as error:
+            raise ConfigError(str(error)) from error
 
 
 def train_job(job: TrainJob, yaml: str) -> None:
@@ -36,6 +48,7 @@ def train_job(job: TrainJob, yaml: str) -> None:
     from clipq.dist.env import cuda_capability, distributed, world_size_from_environment
 
     check(job, world_size=world_size_from_environment(), capability=cuda_capability())
+    render_synthetic(yaml)
     with distributed(job.device.value, timeout_minutes=job.parallel.timeout_minutes) as env:
         _train(job, yaml, env)
 

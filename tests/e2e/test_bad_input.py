@@ -137,6 +137,23 @@ def test_evaluation_mistakes(
         assert part in message, message
 
 
+def test_built_in_set_is_rendered_after_the_checks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It takes twenty seconds, which a mistake should not wait for."""
+    for mistake in (["optim.lr=-1"], ["optim.lrr=1"], ["backend=fp16", "device=cpu"]):
+        assert "rendering" not in fails(train_command.main, ["experiment=demo", *mistake], monkeypatch, capsys)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CLIPQ_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(sys, "argv", ["clipq-train", "experiment=demo"])
+    with pytest.raises(SystemExit, match="2"):
+        train_command.main()
+    assert "clipq-train: cannot write the built-in data set to" in capsys.readouterr().err
+    shown = command("train", "experiment=demo", "--cfg", "job", "--resolve", cwd=tmp_path)
+    assert f"root: {tmp_path}/file/cache/shapes-" in shown.stdout
+    assert "rendering" not in shown.stderr
+
+
 @pytest.mark.parametrize(("good_shards", "code"), [(0, 2), (1, 1)], ids=["before the model", "while training"])
 def test_shards_without_captions_end_the_run(tmp_path: Path, good_shards: int, code: int) -> None:
     """A data set whose members have other names would filter every sample: it must not look like a hang."""
