@@ -310,6 +310,7 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
         keep_last=job.checkpoint.keep_last,
         keep_every=job.checkpoint.keep_every,
         config=yaml,
+        architecture=clip.openclip_json(),
     )
     resume(checkpoints, state, env, loader_info)
     model = parallelize(clip.model, job.parallel, env)

@@ -46,7 +46,7 @@ def _evaluate(job: EvalJob, env: DistEnv) -> None:
     with reported_as_config_error():
         config, output = resolve_checkpoint(job)
         evaluators = build_evaluators(job.eval)
-        clip = build_model(config)
+        clip = build_model(_as_stored(job, config))
     clip.model.to(env.device)
     convert(clip.model, job.backend)
     log.info("evaluating %s (%s) on %s in %s", job.checkpoint, config.name, env.device, job.backend.precision.value)
@@ -98,6 +98,17 @@ def resolve_checkpoint(job: EvalJob) -> tuple[ModelConfig, Path]:
 def _with_weights(model: ModelConfig, pretrained: str) -> ModelConfig:
     model.pretrained = pretrained
     return model
+
+
+def _as_stored(job: EvalJob, model: ModelConfig) -> ModelConfig:
+    """The architecture that lies beside the weights, settings included, unless the command names one: the JSON file
+    that a run was given may be gone."""
+    from clipq.model.weights import CONFIG_FILE
+
+    stored = Path(model.pretrained or "").parent / CONFIG_FILE
+    if job.model is not None or not stored.is_file():
+        return model
+    return ModelConfig(name=str(stored), pretrained=model.pretrained)
 
 
 def write_results(

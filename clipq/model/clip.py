@@ -20,12 +20,13 @@ from open_clip.model import set_model_preprocess_cfg
 from open_clip.timm_model import TimmModel
 from open_clip.tokenizer import HFTokenizer
 from open_clip.transform import merge_preprocess_dict
-from timm.layers import PatchEmbed
+from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
 from clipq.model.arch import SCHEMES, Architecture, apply_settings, read_architecture
 from clipq.model.surgery import BlockReport, replace_blocks
 from clipq.model.weights import (
+    CONFIG_FILE,
     WeightsError,
     advice,
     find_weights,
@@ -73,6 +74,11 @@ class ClipModel:
     def context_length(self) -> int:
         """Tokens of a text."""
         return int(getattr(self.tokenizer, "context_length"))  # noqa: B009
+
+    def openclip_json(self) -> str:
+        """The architecture in OpenCLIP's own format, `open_clip_config.json`, which `create_model` reads too."""
+        preprocess = getattr(self.model.get_submodule("visual"), "preprocess_cfg")  # noqa: B009
+        return json.dumps({"model_cfg": self.config, "preprocess_cfg": preprocess}, indent=1) + "\n"
 
 
 def create_model(
@@ -160,7 +166,7 @@ def _build(
                 return open_clip.create_model(arch.name, **options, **sections)
             with tempfile.TemporaryDirectory() as folder:
                 content = {"model_cfg": config, "preprocess_cfg": arch.preprocess}
-                Path(folder, "open_clip_config.json").write_text(json.dumps(content), encoding="utf-8")
+                Path(folder, CONFIG_FILE).write_text(json.dumps(content), encoding="utf-8")
                 return open_clip.create_model(f"local-dir:{folder}", **options)
     except Exception as error:
         raise _explain(error, arch, config, tag) from error
@@ -181,7 +187,8 @@ def _check_timm_size(model: Any, arch: Architecture) -> None:
         return
     raise ValueError(
         f"model {arch.name}: an image size of {height} with the timm model "
-        f"{arch.config['vision_cfg']['timm_model_name']}: expected {expected}: set model.image_size, or image_size in the JSON file"
+        f"{arch.config['vision_cfg']['timm_model_name']}: expected {expected}: set "
+        "model.image_size, or image_size in the JSON file"
     )
 
 

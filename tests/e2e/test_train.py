@@ -87,6 +87,22 @@ def test_openclip_loads_the_checkpoint(whole_run: Path, world: Path) -> None:
         torch.testing.assert_close(theirs.state_dict()[key], value)
 
 
+def test_checkpoint_carries_its_architecture(world: Path, tmp_path: Path) -> None:
+    """The JSON file that the run was given is gone, its settings were not the file's, and the folder is another."""
+    own = tmp_path / "own.json"
+    shutil.copy(world / "tiny.json", own)
+    settings = ["model.image_size=24", "model.layer_scale_init=0.5", "model.qk_norm=true", "name=own", "steps=6"]
+    command("train", *overrides(world, *settings, f"model.name={own}"), cwd=world)
+    own.unlink()
+    evaluation = [o for o in overrides(world) if o.startswith("eval")]
+    done = command("eval", f"checkpoint={world}/runs/own", *evaluation, cwd=tmp_path)
+    assert f"({own})" in done.stdout, "it is called as it was"
+    (at_the_end,) = read_metrics(world / "runs" / "own", "eval")
+    found = json.loads((world / "runs" / "own" / "eval" / "step_00000006.json").read_text())
+    assert found["results"][0]["metrics"] == pytest.approx(at_the_end["metrics"])
+    assert found["model"] == str(own)
+
+
 def test_killed_run_goes_on_as_if_nothing_had_happened(whole_run: Path, world: Path) -> None:
     """Kill -9 between two checkpoints; metrics and weights then equal those of the run that was left alone."""
     folder = world / "runs" / "killed"
