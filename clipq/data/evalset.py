@@ -54,7 +54,7 @@ class LabelledShards:
             except ValueError:
                 yield name, b"", ValueError(f"its cls member {label[:20]!r} is not a class number")
         for shard in broken:
-            yield shard, b"", BrokenShardError()
+            yield shard, b"", BrokenShardError("the shard cannot be read to its end")
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class CaptionedShards:
             except ValueError as error:
                 yield name, b"", error
         for shard in broken:
-            yield shard, b"", BrokenShardError()
+            yield shard, b"", BrokenShardError("the shard cannot be read to its end")
 
 
 @dataclass(frozen=True)
