@@ -31,9 +31,10 @@ from clipq.config.hydra import configs_dir
 from clipq.config.schema import TrainJob
 from clipq.data.decode import Captions, TrainTransform
 from clipq.data.evalset import CaptionedShards, ImageFolder, LabelledShards
-from clipq.data.loader import TrainStream, default_workers, make_loader
-from clipq.data.shards import DataError, check_members, expand
+from clipq.data.loader import TrainStream, default_workers, make_loader, warn_of_few_shards
+from clipq.data.shards import DataError, check_members, expand, names_digest
 from clipq.dist.env import DistEnv
+from clipq.dist.gather import gather_objects
 from clipq.eval.common import Encoder, Evaluator
 from clipq.eval.prompts import read_classnames, read_templates, subset_indices
 from clipq.eval.retrieval import Retrieval
@@ -58,11 +59,20 @@ AUTOCAST = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Preci
 
 @contextmanager
 def reported_as_config_error() -> Iterator[None]:
-    """What the data and model layers find wrong with a file or a name is a mistake in the configuration here."""
+    """What the data and model layers find wrong with a file or a name is a mistake in the configuration here.
+
+    Collective: what one rank finds ends all of them, with one message of rank 0, which alone speaks of configuration.
+    """
+    found = None
     try:
         yield
     except (FileNotFoundError, ValueError) as error:
-        raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
+        found = error
+    faults = gather_objects(None if found is None else str(found))
+    rank = next((r for r, fault in enumerate(faults) if fault is not None), None)
+    if rank is not None:
+        prefix = f"rank {rank}: " if None in faults else ""
+        raise ConfigError(f"{prefix}{faults[rank]}") from found
 
 
 def build_model(config: ModelConfig) -> ClipModel:
@@ -261,7 +271,8 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
     """
     torch.manual_seed(job.seed)
     with reported_as_config_error():
-        check_members(expand(job.data.shards), (job.data.image, build_captions(job.data.caption).member))
+        shards, captions = expand(job.data.shards), build_captions(job.data.caption)
+        check_members(shards, (job.data.image, captions.member), captions.all)
         evaluators = build_evaluators(job.eval)
         clip = build_model(job.model)
     if getattr(clip.model, "logit_bias", None) is not None:
@@ -284,7 +295,13 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
 
     stream = build_stream(job.data, clip, env, batch_size=job.batch_size, seed=job.seed)
     workers = default_workers(env.local_world_size) if job.data.workers is None else job.data.workers
-    loader_info = {"workers": workers, "world_size": env.world_size}
+    warn_of_few_shards(len(shards), ranks=env.world_size, workers=workers)
+    loader_info = {
+        "workers": workers,
+        "world_size": env.world_size,
+        "shards": len(shards),
+        "shard_names": names_digest(shards),
+    }
     checkpoints = Checkpoints(
         folder / "checkpoints",
         env,
@@ -293,6 +310,7 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
         keep_last=job.checkpoint.keep_last,
         keep_every=job.checkpoint.keep_every,
         config=yaml,
+        architecture=clip.openclip_json(),
     )
     resume(checkpoints, state, env, loader_info)
     model = parallelize(clip.model, job.parallel, env)
@@ -341,13 +359,24 @@ def wants_graph(job: TrainJob, clip: ClipModel, env: DistEnv) -> bool:
 
 
 def resume(checkpoints: Checkpoints, state: TrainState, env: DistEnv, loader: dict[str, int]) -> None:
-    """Takes the newest checkpoint into the state, if there is one, and says what will not be exact."""
+    """Takes the newest checkpoint into the state, if there is one, and says what will not be exact.
+
+    Raises:
+        ConfigError: the run was begun on other shards.
+    """
     path = newest(checkpoints.folder)
     if path is None:
         return
     saved_loader = load(path, state, env)
+    if any(saved_loader.get(key, loader[key]) != loader[key] for key in ("shards", "shard_names")):
+        raise ConfigError(
+            f"data.shards: {path} was trained on {saved_loader['shards']} shards, and the {loader['shards']} of now "
+            "have other names or another order, so that its place in them is lost: put them back (in any folder), or "
+            f"choose another name=, with model.pretrained={path} to start from its weights"
+        )
     log.info("resumed from %s at step %d", path, state.step)
-    for key, now in loader.items():
+    for key in ("workers", "world_size"):
+        now = loader[key]
         if saved_loader[key] != now:
             log.warning(
                 "%s was %d and is %d now: from here on the order of samples, and the random numbers of dropout, differ "

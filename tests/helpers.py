@@ -139,6 +139,21 @@ def command(name: str, *overrides: str, cwd: Path, check: bool = True, **env: st
     return done
 
 
+def command_on_two_ranks(name: str, *overrides: str, cwd: Path) -> subprocess.CompletedProcess:
+    """Runs `clipq-<name>` under torchrun."""
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
+            *("--master_port", str(free_port()), "-m", f"clipq.cli.{name}", *overrides),
+        ],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
 def read_metrics(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if row["kind"] == kind]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from omegaconf import OmegaConf
 
-from clipq.cli.train import synthetic
+from clipq.cli.train import render_synthetic, synthetic
 from clipq.config.groups import ConfigError, ModelConfig
 from clipq.config.hydra import run
 from clipq.config.schema import EvalJob, check_backend
@@ -26,11 +26,12 @@ def main() -> None:
     run(EvalJob, "eval", eval_job, synthetic=synthetic)
 
 
-def eval_job(job: EvalJob, _yaml: str) -> None:
+def eval_job(job: EvalJob, resolved: str) -> None:
     """Runs an evaluation on this process and those that torchrun started beside it."""
     from clipq.dist.env import cuda_capability, distributed
 
     check_backend(job.backend, device=job.device, capability=cuda_capability())
+    render_synthetic(resolved)
     with distributed(job.device.value, timeout_minutes=job.parallel.timeout_minutes) as env:
         _evaluate(job, env)
 
@@ -41,11 +42,11 @@ def _evaluate(job: EvalJob, env: DistEnv) -> None:
     from clipq.log.folder import environment
 
     console = Console(enabled=env.is_main)
-    setup_logging(console, file=None)
+    setup_logging(console, file=None, rank=env.rank)
     with reported_as_config_error():
         config, output = resolve_checkpoint(job)
         evaluators = build_evaluators(job.eval)
-        clip = build_model(config)
+        clip = build_model(_as_stored(job, config))
     clip.model.to(env.device)
     convert(clip.model, job.backend)
     log.info("evaluating %s (%s) on %s in %s", job.checkpoint, config.name, env.device, job.backend.precision.value)
@@ -97,6 +98,17 @@ def resolve_checkpoint(job: EvalJob) -> tuple[ModelConfig, Path]:
 def _with_weights(model: ModelConfig, pretrained: str) -> ModelConfig:
     model.pretrained = pretrained
     return model
+
+
+def _as_stored(job: EvalJob, model: ModelConfig) -> ModelConfig:
+    """The architecture that lies beside the weights, settings included, unless the command names one: the JSON file
+    that a run was given may be gone."""
+    from clipq.model.weights import CONFIG_FILE
+
+    stored = Path(model.pretrained or "").parent / CONFIG_FILE
+    if job.model is not None or not stored.is_file():
+        return model
+    return ModelConfig(name=str(stored), pretrained=model.pretrained)
 
 
 def write_results(

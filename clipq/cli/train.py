@@ -25,10 +25,22 @@ def main() -> None:
 
 
 def synthetic() -> str:
-    """`${clipq.synthetic:}` in YAML: the folder of the built-in data set, rendered on first use."""
-    from clipq.data.synthetic import ensure
+    """`${clipq.synthetic:}` in YAML: the folder of the built-in data set, which `render_synthetic` fills."""
+    from clipq.data.synthetic import folder_of
 
-    return str(ensure())
+    return str(folder_of())
+
+
+def render_synthetic(yaml: str) -> None:
+    """Renders the built-in data set on first use by a configuration. Twenty seconds: called after all quick checks."""
+    from clipq.data.synthetic import CacheError, ensure
+    from clipq.log.folder import flatten_yaml
+
+    if any(synthetic() in str(value) for value in flatten_yaml(yaml).values()):
+        try:
+            ensure()
+        except CacheError as error:
+            raise ConfigError(str(error)) from error
 
 
 def train_job(job: TrainJob, yaml: str) -> None:
@@ -36,22 +48,23 @@ def train_job(job: TrainJob, yaml: str) -> None:
     from clipq.dist.env import cuda_capability, distributed, world_size_from_environment
 
     check(job, world_size=world_size_from_environment(), capability=cuda_capability())
+    render_synthetic(yaml)
     with distributed(job.device.value, timeout_minutes=job.parallel.timeout_minutes) as env:
         _train(job, yaml, env)
 
 
 def _train(job: TrainJob, yaml: str, env: DistEnv) -> None:
-    from clipq.build import build_run, build_writers
+    from clipq.build import build_run, build_writers, reported_as_config_error
     from clipq.data.shards import DataError
     from clipq.log.console import Console, setup_logging
     from clipq.log.folder import environment, flatten_yaml, write_folder
     from clipq.train.loop import NonFiniteLossError, train, write
 
     folder = Path(job.runs) / job.name
-    differing = _changes_since_checkpoint(job, folder, yaml)
-    env.barrier()  # every rank has read the folder before one of them changes it
+    with reported_as_config_error():  # which waits: every rank has read the folder before one of them changes it
+        differing = _changes_since_checkpoint(job, folder, yaml)
     console = Console(enabled=env.is_main)
-    setup_logging(console, file=folder / "logs" / f"rank_{env.rank}.log")
+    setup_logging(console, file=folder / "logs" / f"rank_{env.rank}.log", rank=env.rank)
     for line in differing:
         log.warning("changed since the checkpoint: %s", line)
     try:
@@ -72,7 +85,10 @@ def _train(job: TrainJob, yaml: str, env: DistEnv) -> None:
         log.info("finished: %s", folder)
     except ConfigError:
         raise
-    except (NonFiniteLossError, DataError) as error:
+    except NonFiniteLossError as error:  # on every rank at once: rank 0 speaks for all
+        log.log(logging.ERROR if env.is_main else logging.WARNING, "%s", error)
+        raise SystemExit(1) from error
+    except DataError as error:
         log.error("%s", error)
         raise SystemExit(1) from error
     except Exception:

@@ -112,11 +112,21 @@ def _fail(message: str) -> typing.NoReturn:
 
 
 def _quote_braces(argument: str) -> str:
-    """Quotes the value of `key=path/{00000..00099}.tar`: Hydra's grammar would read the braces as a dictionary."""
+    """Quotes the value of `key=path/{00000..00099}.tar`, or such an element of a list: Hydra's grammar would read the
+    braces as a dictionary."""
     key, equals, value = argument.partition("=")
-    if equals and re.search(r"\{[\w,]+(\.\.|,)[\w,.]+\}", value) and value[0] not in "'\"[{":
-        return f'{key}="{value}"'
-    return argument
+    if value.startswith("[") and value.endswith("]"):
+        return f"{key}=[{_ELEMENT.sub(lambda element: _quote_range(element[0]), value[1:-1])}]"
+    return f"{key}={_quote_range(value)}" if equals else argument
+
+
+_ELEMENT = re.compile(r"""(?=[^\s,])(?:'[^']*'|"[^"]*"|\{[^}]*\}|[^,])+""")
+"""Of a list: up to a comma outside of quotes and braces."""
+
+
+def _quote_range(text: str) -> str:
+    has_range = re.search(r"\{[\w,]+(\.\.|,)[\w,.]+\}", text)
+    return f'"{text}"' if has_range and text[0] not in "'\"[{" else text
 
 
 # --- what a type declares -----------------------------------------------------------------------------------------
@@ -163,6 +173,8 @@ def _type_at(kind: type, path: str) -> Any:
 def _doc_of(kind: type, path: str) -> str:
     parent, _, leaf = path.rpartition(".")
     at = _type_at(kind, parent) if parent else kind
+    if typing.get_origin(at) is dict:
+        return f"an entry of {parent}"
     return field_docs(at).get(leaf, "a setting") if is_dataclass(at) else "a setting"
 
 
@@ -225,11 +237,23 @@ def _explain(error: BaseException, kind: type) -> str:
     if isinstance(cause, ConfigError):
         return str(cause)
     if isinstance(cause, ValidationError) and key:
-        return f"{key}: {_first_line(cause)}. It is: {_doc_of(kind, key)}"
+        return _wrong_value(_full_path(key, error), cause, kind)
     match = re.search(r"Could not override '([^']+)'", str(error))
     if match:
         return _no_such_group(match[1])
     return str(error)
+
+
+def _full_path(key: str, error: BaseException) -> str:
+    """The path of a setting, of which OmegaConf knows the last part only where Hydra adds it to a group."""
+    added = re.search(r"override \+*([\w.]+)=", str(error))
+    return added[1] if added and added[1].endswith(f".{key}") else key
+
+
+def _wrong_value(path: str, error: ValidationError, kind: type) -> str:
+    parent, _, name = path.rpartition(".")
+    hint = f", written as in '{parent}={{{name}: {{…}}}}'" if typing.get_origin(_type_at(kind, parent)) is dict else ""
+    return f"{path}: {_first_line(error)}. It is: {_doc_of(kind, path)}{hint}"
 
 
 def _explain_missing_option(error: MissingConfigException) -> str:

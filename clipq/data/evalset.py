@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +15,22 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from clipq.data.decode import Captions, decode_pil
-from clipq.data.shards import member, share_of_lane
+from clipq.data.shards import BrokenShardError, member, share_of_lane
 
 log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+FAULTS = ("failed", "broken_shards")
+"""What a batch counts of what could not be evaluated: images, and shards that could not be read to their end."""
 
 
 class Source(Protocol):
     """Where evaluation samples come from."""
 
     def share(self, lane: int, lanes: int) -> Iterator[tuple[str, bytes, Any]]:
-        """(name, encoded image, target) of each sample that falls to this lane. A ValueError target marks a fault."""
+        """(name, encoded image, target) of each sample that falls to this lane. A ValueError target marks a fault, a
+        BrokenShardError one that is no sample but a shard of which samples are missing."""
         ...
 
 
@@ -37,7 +42,8 @@ class LabelledShards:
     image: str = "jpg;jpeg;png;webp"
 
     def share(self, lane: int, lanes: int) -> Iterator[tuple[str, bytes, Any]]:
-        for shard, _, sample in share_of_lane(self.shards, lane=lane, lanes=lanes):
+        broken: list[str] = []
+        for shard, _, sample in share_of_lane(self.shards, lane=lane, lanes=lanes, on_damage=broken.append):
             name = f"{sample['__key__']} of {shard}"
             data, label = member(sample, self.image), member(sample, "cls")
             if data is None or label is None:
@@ -47,6 +53,8 @@ class LabelledShards:
                 yield name, data, int(label)
             except ValueError:
                 yield name, b"", ValueError(f"its cls member {label[:20]!r} is not a class number")
+        for shard in broken:
+            yield shard, b"", BrokenShardError("the shard cannot be read to its end")
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,8 @@ class CaptionedShards:
     image: str = "jpg;jpeg;png;webp"
 
     def share(self, lane: int, lanes: int) -> Iterator[tuple[str, bytes, Any]]:
-        for shard, _, sample in share_of_lane(self.shards, lane=lane, lanes=lanes):
+        broken: list[str] = []
+        for shard, _, sample in share_of_lane(self.shards, lane=lane, lanes=lanes, on_damage=broken.append):
             name = f"{sample['__key__']} of {shard}"
             data = member(sample, self.image)
             if data is None:
@@ -68,6 +77,8 @@ class CaptionedShards:
                 yield name, data, self.captions.all(sample)
             except ValueError as error:
                 yield name, b"", error
+        for shard in broken:
+            yield shard, b"", BrokenShardError("the shard cannot be read to its end")
 
 
 @dataclass(frozen=True)
@@ -105,7 +116,8 @@ class ImageFolder:
 
 @dataclass(frozen=True)
 class EvalStream(IterableDataset):
-    """Batches of this rank's share: {"image": [B, 3, H, W], "target": list of B, "failed": int}."""
+    """Batches of this rank's share: {"image": [B, 3, H, W], "target": list of B, "failed": int, "broken_shards":
+    int}; the last may have no images but counts."""
 
     source: Source
     transform: Callable[[Image.Image], Tensor]
@@ -117,19 +129,25 @@ class EvalStream(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
         workers, worker = (info.num_workers, info.id) if info else (1, 0)
-        images, targets, failed = [], [], 0
+        images, targets, counts = [], [], Counter()
         for name, data, target in self.source.share(self.rank * workers + worker, self.world_size * workers):
             try:
                 if isinstance(target, ValueError):
                     raise target
                 images.append(self.transform(decode_pil(data)))
                 targets.append(target)
+            except BrokenShardError:  # whoever read it has said why
+                counts["broken_shards"] += 1
             except ValueError as error:
                 log.warning("sample %s cannot be evaluated: %s", name, error)
-                failed += 1
+                counts["failed"] += 1
             if len(images) == self.batch_size:
-                yield {"image": torch.stack(images), "target": targets, "failed": failed}
-                images, targets, failed = [], [], 0
-        if images or failed:
-            stacked = torch.stack(images) if images else torch.empty(0)
-            yield {"image": stacked, "target": targets, "failed": failed}
+                yield _batch(images, targets, counts)
+                images, targets, counts = [], [], Counter()
+        if images or counts:
+            yield _batch(images, targets, counts)
+
+
+def _batch(images: list[Tensor], targets: list[Any], counts: Counter[str]) -> dict[str, Any]:
+    stacked = torch.stack(images) if images else torch.empty(0)
+    return {"image": stacked, "target": targets, **{name: counts[name] for name in FAULTS}}

@@ -104,6 +104,21 @@ def default_workers(local_world_size: int) -> int:
     return min(14, max(1, cores // local_world_size - 1))
 
 
+def warn_of_few_shards(shards: int, *, ranks: int, workers: int) -> None:
+    """Says so where shards are fewer than lanes: several lanes then read the same shard at a time."""
+    lanes = ranks * max(1, workers)
+    if shards >= lanes:
+        return
+    log.warning(
+        "%d shards for %d loader processes (%d ranks with %d each): several read the same shard at a time, so that "
+        "pairs come again within a few steps%s. Pack the data into %d shards or more%s",
+        *(shards, lanes, ranks, max(1, workers)),
+        " and within a batch, each a wrong negative of the other" if ranks > 1 else "",
+        lanes,
+        f", or set data.workers={shards // ranks}" if shards >= ranks else "",
+    )
+
+
 def make_loader(
     dataset: IterableDataset, *, workers: int, prefetch: int = 2, pin_memory: bool = False
 ) -> DataLoader[Any]:

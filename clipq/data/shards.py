@@ -8,13 +8,14 @@ shard is dropped or repeated within a pass, for any number of shards and lanes.
 from __future__ import annotations
 
 import glob
+import hashlib
 import itertools
 import logging
 import random
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,6 +32,10 @@ Sample = dict[str, Any]
 
 class DataError(ValueError):
     """Training cannot go on with this data; the message says which shard and why."""
+
+
+class BrokenShardError(ValueError):
+    """Samples of a shard are missing, for it cannot be read to its end."""
 
 
 _META = re.compile(r"__[^/]*__($|/)")
@@ -57,6 +62,13 @@ def expand(patterns: str | list[str]) -> list[str]:
     return names
 
 
+def names_digest(shards: list[str]) -> int:
+    """Tells lists of shards apart by their base names and order, on which the order of samples depends. Folders don't
+    count: data may move."""
+    names = "\n".join(s.rsplit("/", 1)[-1] for s in shards)
+    return int.from_bytes(hashlib.blake2b(names.encode(), digest_size=6).digest())
+
+
 def _is_url(name: str) -> bool:
     return name.startswith("pipe:") or "://" in name
 
@@ -75,23 +87,27 @@ def _matches(name: str, pattern: str) -> list[str]:
     return found
 
 
-def read_shard(shard: str) -> Iterator[Sample]:
+def _silent(shard: str) -> None: ...
+
+
+def read_shard(shard: str, *, on_damage: Callable[[str], None] = _silent) -> Iterator[Sample]:
     """Samples of a .tar or .tar.gz in the order of the file, members grouped by their key.
 
     A shard that cannot be opened, is damaged or breaks off is logged with the number of samples read before, and ends
-    there.
+    there; `on_damage` is called with its name.
     """
     count = 0
     try:
         # gopen takes a colon in a file name for the end of a scheme.
         with gopen(shard) if _is_url(shard) else Path(shard).open("rb") as stream:
-            for sample in group_by_keys(_members(shard, stream)):
+            for sample in group_by_keys(_members(shard, stream, on_damage)):
                 count += 1
                 yield sample
         if not count:
             log.warning("shard %s holds no samples", shard)
     except Exception as error:  # tarfile and the unpackers raise errors of many kinds on damaged files
         log.warning("shard %s: %s: %s; %d samples were read before", shard, type(error).__name__, error, count)
+        on_damage(shard)
 
 
 class _Header(tarfile.TarInfo):
@@ -105,7 +121,7 @@ class _Header(tarfile.TarInfo):
             raise tarfile.ReadError(f"the header at byte {archive.offset} is damaged: {error}") from error
 
 
-def _members(shard: str, stream: Any) -> Iterator[dict[str, Any]]:
+def _members(shard: str, stream: Any, on_damage: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     """{"fname", "data", "__url__"} of each file in an archive.
 
     Raises:
@@ -120,6 +136,7 @@ def _members(shard: str, stream: Any) -> Iterator[dict[str, Any]]:
             yield {"fname": info.name, "data": archive.extractfile(info).read(), "__url__": shard}
     if archive.fileobj.tell() == archive.offset:
         log.warning("shard %s has no end mark: it may have been cut short", shard)
+        on_damage(shard)
     while rest := archive.fileobj.read(1 << 20):
         if rest.strip(b"\0"):
             raise tarfile.ReadError(f"there is an end mark at byte {archive.offset}, but the archive goes on after it")
@@ -144,7 +161,8 @@ def shuffled_samples(
         wanted: alternatives of member extensions, each separated by semicolons; a sample counts that has one of each.
         buffer: samples held; 1 keeps the order of the shards.
 
-    A shard of which nothing can be read is passed over.
+    A shard of which nothing can be read is passed over. How many samples of a shard lack something is logged, in the
+    first pass, of which each shard falls to one lane.
 
     Raises:
         DataError: no sample of a shard has what is wanted, or a whole pass of shards is unreadable. Either would
@@ -153,11 +171,13 @@ def shuffled_samples(
     rng = random.Random(f"{seed} {lane} {lanes}")
     held: list[Sample] = []
     unreadable = 0
-    for shard in visits(shards, seed=seed, lane=lane, lanes=lanes):
+    for number, shard in enumerate(visits(shards, seed=seed, lane=lane, lanes=lanes)):
         seen: set[str] = set()
-        found = 0
+        found, left_out = 0, Counter[str]()
         for sample in read_shard(shard):
-            if not all(member(sample, w) is not None for w in wanted):
+            missing = [w for w in wanted if member(sample, w) is None]
+            if missing:
+                left_out[" and ".join(missing)] += 1
                 seen.update(k for k in sample if not k.startswith("__"))
                 continue
             found += 1
@@ -172,6 +192,8 @@ def shuffled_samples(
                 yield sample
         if seen and not found:
             raise _not_wanted(shard, wanted, seen)
+        if left_out and lane + number * lanes < len(shards):
+            _warn_of_left_out(shard, left_out, found)
         unreadable = 0 if found else unreadable + 1
         if unreadable == len(shards):
             raise DataError(
@@ -180,20 +202,44 @@ def shuffled_samples(
             )
 
 
-def check_members(shards: list[str], wanted: tuple[str, ...]) -> None:
-    """Looks at the first samples of the first shard that is a file, so that a wrong setting is found before training.
+def _warn_of_left_out(shard: str, left_out: Counter[str], found: int) -> None:
+    count = left_out.total()
+    why = ", ".join(f"{n} without {what}" for what, n in left_out.items())
+    log.warning("shard %s: %d of its %d samples are left out: %s", shard, count, count + found, why)
+
+
+def check_members(shards: list[str], wanted: tuple[str, ...], captions: Callable[[Sample], list[str]]) -> None:
+    """Looks at the first samples of the first readable shard that is a file, so that a wrong setting is found before
+    training.
+
+    Args:
+        wanted: as in `shuffled_samples`.
+        captions: gives the captions of a sample, or raises a ValueError that says why there are none.
 
     Raises:
-        DataError: none of 100 samples has a member of each of the alternatives in `wanted`.
+        DataError: none of 100 samples has what is wanted and a caption, or no shard can be read.
     """
     seen: set[str] = set()
-    first = next((s for s in shards if not _is_url(s)), None)
-    for sample in itertools.islice(read_shard(first), 100) if first else ():
-        if all(member(sample, w) is not None for w in wanted):
-            return
-        seen.update(k for k in sample if not k.startswith("__"))
-    if first and seen:
-        raise _not_wanted(first, wanted, seen)
+    for shard in (s for s in shards if not _is_url(s)):
+        fault = None
+        for sample in itertools.islice(read_shard(shard), 100):
+            if all(member(sample, w) is not None for w in wanted):
+                try:
+                    captions(sample)
+                    return
+                except ValueError as error:
+                    fault = error
+            seen.update(k for k in sample if not k.startswith("__"))
+        if fault is not None:
+            raise DataError(f"shard {shard}: no caption in its first samples: {fault}. Check data.caption.field")
+        if seen:
+            raise _not_wanted(shard, wanted, seen)
+    if not any(_is_url(s) for s in shards):
+        where = shards[0] if len(shards) == 1 else f"any of {len(shards)} shards, such as {shards[0]}"
+        raise DataError(
+            f"data.shards: no sample could be read from {where}: expected .tar or .tar.gz files of images and captions "
+            "(see the warnings before)"
+        )
 
 
 def _not_wanted(shard: str, wanted: tuple[str, ...], seen: set[str]) -> DataError:
@@ -211,14 +257,18 @@ def member(sample: Sample, extensions: str) -> bytes | None:
     return None
 
 
-def share_of_lane(shards: list[str], *, lane: int, lanes: int) -> Iterator[tuple[str, int, Sample]]:
+def share_of_lane(
+    shards: list[str], *, lane: int, lanes: int, on_damage: Callable[[str], None] = _silent
+) -> Iterator[tuple[str, int, Sample]]:
     """Each sample of the shards exactly once over all lanes, for evaluation, as (shard, index in the shard, sample).
 
     A lane reads no more shards than it must: lanes that are more than the shards take turns with the samples of one.
+    Only the first of these calls `on_damage`.
     """
     first = lane % len(shards)
     sharing = range(first, lanes, len(shards))
+    turn = sharing.index(lane)
     for shard in shards[first::lanes]:
-        for index, sample in enumerate(read_shard(shard)):
-            if index % len(sharing) == sharing.index(lane):
+        for index, sample in enumerate(read_shard(shard, on_damage=_silent if turn else on_damage)):
+            if index % len(sharing) == turn:
                 yield shard, index, sample

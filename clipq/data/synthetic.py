@@ -68,6 +68,11 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache").expanduser().absolute() / "clipq"
 
 
+def folder_of(*, train: int = 20000, test_per_class: int = 40, size: int = 48, seed: int = 0) -> Path:
+    """Where `ensure` puts what it renders from these arguments."""
+    return cache_dir() / f"shapes-v{VERSION}-{train}x{size}px-{test_per_class}-seed{seed}"
+
+
 def ensure(*, train: int = 20000, test_per_class: int = 40, size: int = 48, seed: int = 0) -> Path:
     """The folder of the data set, rendered now (about 20 s on one core) unless that was done before.
 
@@ -84,7 +89,7 @@ def ensure(*, train: int = 20000, test_per_class: int = 40, size: int = 48, seed
     Raises:
         CacheError: the folder cannot be written.
     """
-    folder = cache_dir() / f"shapes-v{VERSION}-{train}x{size}px-{test_per_class}-seed{seed}"
+    folder = folder_of(train=train, test_per_class=test_per_class, size=size, seed=seed)
     if _is_complete(folder):
         return folder
     print(f"rendering the built-in data set ({train:,} pictures) into {folder} ...", file=sys.stderr, flush=True)

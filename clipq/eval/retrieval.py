@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from clipq.data.evalset import Source
+from clipq.data.evalset import FAULTS, Source
 from clipq.dist.gather import gather_objects, gather_rows
 from clipq.eval.common import Encoder, EvalResult, ExampleKeeper
 
@@ -55,18 +56,18 @@ class Retrieval:
     examples: int = 0
 
     def run(self, encoder: Encoder) -> EvalResult:
-        """Metrics: image_to_text_r1/5/10 and text_to_image_r1/5/10 in [0, 1]; images, texts, failed.
+        """Metrics: image_to_text_r1/5/10 and text_to_image_r1/5/10 in [0, 1]; images, texts, failed, broken_shards.
 
         Raises:
             ValueError: no image at all.
         """
         env = encoder.env
         with encoder.evaluating():
-            images, texts, owner, failed = [], [], [], 0
+            images, texts, owner, faults = [], [], [], Counter[str]()
             keeper = ExampleKeeper(self.examples if env.is_main else 0, encoder.mean, encoder.std)
             count = 0
             for batch in encoder.batches(self.source, self.task):
-                failed += batch["failed"]
+                faults.update({name: batch[name] for name in FAULTS})
                 if not batch["target"]:
                     continue
                 images.append(encoder.images(batch["image"]))
@@ -76,7 +77,7 @@ class Retrieval:
                     texts += captions
                     owner += [count] * len(captions)
                     count += 1
-            counts = gather_objects((count, failed))
+            counts = gather_objects((count, faults))
             if sum(c for c, _ in counts) == 0:
                 raise ValueError(f"evaluation {self.task}: no image could be read")
             width = encoder.texts(["a"]).shape[1]  # for a rank that has no image of its own
@@ -90,7 +91,7 @@ class Retrieval:
             metrics |= {
                 "images": len(all_images),
                 "texts": len(all_texts),
-                "failed": sum(f for _, f in counts),
+                **{name: sum(f[name] for _, f in counts) for name in FAULTS},
             }
             examples = self._examples(keeper, all_images, all_texts, all_owners, words)
         return EvalResult(self.task, "retrieval", metrics, examples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -9,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipq.data.evalset import Source
+from clipq.data.evalset import FAULTS, Source
 from clipq.dist.gather import gather_objects, gather_rows
 from clipq.eval.common import Encoder, EvalResult, ExampleKeeper
 from clipq.eval.prompts import prompts
@@ -49,7 +50,7 @@ class ZeroShot:
     examples: int = 0
 
     def run(self, encoder: Encoder) -> EvalResult:
-        """Metrics: top1, top5, mean_per_class, `<subset>_top1`, all in [0, 1]; chance, images, failed.
+        """Metrics: top1, top5, mean_per_class, `<subset>_top1`, all in [0, 1]; chance, images, failed, broken_shards.
 
         Raises:
             ValueError: a class number outside the class names, or no image at all.
@@ -59,10 +60,10 @@ class ZeroShot:
             n = len(self.classnames)
             device = encoder.env.device
             counts = torch.zeros(3, n, dtype=torch.long, device=device)  # per class: images, right at 1, right within 5
-            failed, strange = 0, None
+            faults, strange = Counter[str](), None
             keeper = ExampleKeeper(self.examples if encoder.env.is_main else 0, encoder.mean, encoder.std)
             for batch in encoder.batches(self.source, self.task):
-                failed += batch["failed"]
+                faults.update({name: batch[name] for name in FAULTS})
                 strange = next((c for c in batch["target"] if not 0 <= c < n), None)
                 if strange is not None:
                     break
@@ -78,19 +79,19 @@ class ZeroShot:
                 counts[2].index_add_(0, labels, right.any(1).long())
                 self._offer(keeper, batch["image"], labels, logits_BC)
             # Raised on every rank, where one alone would leave the others waiting.
-            faults = gather_objects((failed, strange))
-            if any(label is not None for _, label in faults):
-                label = next(label for _, label in faults if label is not None)
+            everyone = gather_objects((faults, strange))
+            if any(label is not None for _, label in everyone):
+                label = next(label for _, label in everyone if label is not None)
                 raise ValueError(
                     f"evaluation {self.task}: an image has class {label}, but the {n} class names are of classes 0 to "
                     f"{n - 1}; are they of another data set?"
                 )
             if encoder.env.is_distributed:
                 dist.all_reduce(counts)
-        metrics = self._metrics(counts.cpu(), sum(f for f, _ in faults))
+        metrics = self._metrics(counts.cpu(), {name: sum(f[name] for f, _ in everyone) for name in FAULTS})
         return EvalResult(self.task, "zero_shot", metrics, self._examples(keeper))
 
-    def _metrics(self, counts: Tensor, failed: int) -> dict[str, float]:
+    def _metrics(self, counts: Tensor, faults: dict[str, int]) -> dict[str, float]:
         images, top1, top5 = counts.double()
         total = images.sum().item()
         if total == 0:
@@ -102,7 +103,7 @@ class ZeroShot:
             "mean_per_class": (top1[occurs] / images[occurs]).mean().item(),
             "chance": 1 / len(self.classnames),
             "images": int(total),
-            "failed": failed,
+            **faults,
         }
         if len(self.classnames) <= 5:
             del metrics["top5"]  # it would be 1 whatever the model

@@ -99,15 +99,28 @@ class _ConsoleHandler(logging.Handler):
         self._console.message(prefix + record.getMessage())
 
 
-def setup_logging(console: Console, *, file: Path | None) -> None:
-    """Sends clipq's log records to the console and to this rank's log file; a resumed run appends to it."""
+class _OtherRankHandler(logging.StreamHandler):
+    """Errors of a rank other than 0 on stderr: rank 0 would only see that a connection was closed."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(sys.stderr)
+        self.setLevel(logging.ERROR)
+        self._rank = rank
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"[rank {self._rank}] {record.levelname.lower()}: {record.getMessage()}"
+
+
+def setup_logging(console: Console, *, file: Path | None, rank: int = 0) -> None:
+    """Sends clipq's log records to the console, or errors alone to stderr where this is not rank 0, and to this
+    rank's log file; a resumed run appends to it."""
     logger = logging.getLogger("clipq")
     logger.setLevel(logging.INFO)
     logger.propagate = False
     for old in list(logger.handlers):
         logger.removeHandler(old)
         old.close()
-    logger.addHandler(_ConsoleHandler(console))
+    logger.addHandler(_OtherRankHandler(rank) if rank else _ConsoleHandler(console))
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         to_file = logging.FileHandler(file, encoding="utf-8")

@@ -20,12 +20,12 @@ import clipq
 from clipq.config.groups import ConfigError
 
 # What a run cannot change on the way: the weights would not fit, or "step" and "sample" would mean something else.
+# Shards are told apart by their names when the checkpoint is read (build.py): their folder may change.
 FIXED = (
     "model.name",
     "model.image_size",
     "model.layer_scale_init",
     "model.qk_norm",
-    "data.shards",
     "data.shuffle",
     "optim.name",
     "batch_size",

@@ -20,11 +20,13 @@ from open_clip.model import set_model_preprocess_cfg
 from open_clip.timm_model import TimmModel
 from open_clip.tokenizer import HFTokenizer
 from open_clip.transform import merge_preprocess_dict
+from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
 from clipq.model.arch import SCHEMES, Architecture, apply_settings, read_architecture
 from clipq.model.surgery import BlockReport, replace_blocks
 from clipq.model.weights import (
+    CONFIG_FILE,
     WeightsError,
     advice,
     find_weights,
@@ -73,6 +75,11 @@ class ClipModel:
         """Tokens of a text."""
         return int(getattr(self.tokenizer, "context_length"))  # noqa: B009
 
+    def openclip_json(self) -> str:
+        """The architecture in OpenCLIP's own format, `open_clip_config.json`, which `create_model` reads too."""
+        preprocess = getattr(self.model.get_submodule("visual"), "preprocess_cfg")  # noqa: B009
+        return json.dumps({"model_cfg": self.config, "preprocess_cfg": preprocess}, indent=1) + "\n"
+
 
 def create_model(
     name: str,
@@ -113,6 +120,8 @@ def create_model(
     tag, file = _resolve_pretrained(arch, pretrained)
     tokenizer = _tokenizer(arch)
     model = _build(arch, config, tag, image_size, load_text=file is None)
+    if arch.vision_kind == "timm":
+        _check_timm_size(model, arch)
     if grad_checkpointing:
         _checkpoint_blocks(model, arch)
     report = replace_blocks(model)
@@ -144,6 +153,8 @@ def _build(
 ) -> nn.Module:
     if arch.vision_kind == "timm":
         config["vision_cfg"]["timm_model_pretrained"] = False  # random unless `pretrained` says otherwise
+        if arch.from_file:  # OpenCLIP would prepare images of the size in the file for a tower of timm's own size
+            image_size = config["vision_cfg"].get("image_size")
     if arch.text_kind == "huggingface":
         config["text_cfg"]["hf_model_pretrained"] = load_text and tag is None
     # timm towers take another size only through force_image_size, the others through the configuration.
@@ -155,10 +166,30 @@ def _build(
                 return open_clip.create_model(arch.name, **options, **sections)
             with tempfile.TemporaryDirectory() as folder:
                 content = {"model_cfg": config, "preprocess_cfg": arch.preprocess}
-                Path(folder, "open_clip_config.json").write_text(json.dumps(content), encoding="utf-8")
+                Path(folder, CONFIG_FILE).write_text(json.dumps(content), encoding="utf-8")
                 return open_clip.create_model(f"local-dir:{folder}", **options)
     except Exception as error:
         raise _explain(error, arch, config, tag) from error
+
+
+def _check_timm_size(model: Any, arch: Architecture) -> None:
+    """Raises ValueError for a size that the tower would meet with an assertion at its first image."""
+    trunk, (height, width) = model.visual.trunk, model.visual.image_size
+    own = tuple(trunk.pretrained_cfg["input_size"][1:])
+    fixed = trunk.pretrained_cfg.get("fixed_input_size") and not hasattr(trunk, "set_input_size")
+    embed: Any = getattr(trunk, "patch_embed", None)
+    patch = embed.patch_size if isinstance(embed, PatchEmbed) and not embed.dynamic_img_pad else (1, 1)
+    if fixed and (height, width) != own:
+        expected = f"{own[0]}, the only one it takes"
+    elif height % patch[0] or width % patch[1]:
+        expected = f"a multiple of its patches of {patch[0]}, such as {max(1, round(height / patch[0])) * patch[0]}"
+    else:
+        return
+    raise ValueError(
+        f"model {arch.name}: an image size of {height} with the timm model "
+        f"{arch.config['vision_cfg']['timm_model_name']}: expected {expected}: set "
+        "model.image_size, or image_size in the JSON file"
+    )
 
 
 def _explain(error: Exception, arch: Architecture, config: dict[str, Any], tag: str | None) -> ValueError:

@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from clipq.model.surgery import blocks
 
 MODEL_FILE = "model.safetensors"
+CONFIG_FILE = "open_clip_config.json"
+"""Architecture and preprocessing beside weights, as on the Hugging Face hub."""
 _PREPROCESS = "preprocess_cfg"
 _HINTS = {
     "ls_1.gamma": "layer scale: leave model.layer_scale_init unset, or train without these weights",

@@ -13,7 +13,7 @@ import numpy as np
 from clipq.report.runs import Evaluation, Run
 
 _SHARE = re.compile(r"(?:^|_)(?:top\d+|r\d+|mean_per_class|chance)$")
-_COUNT = re.compile(r"(?:^|_)(?:images|texts|classes|failed)$")
+_COUNT = re.compile(r"(?:^|_)(?:images|texts|classes|failed|broken_shards)$")
 _NAME_SETTINGS = ("name", "runs")
 """Settings that say where a run lies, not what it does: that they differ is no news."""
 

@@ -1,8 +1,9 @@
 """Checkpoints of a run: when they are due, how they are written, which are kept, how a run finds its newest.
 
 A checkpoint is a folder `step_00001000` with `model.safetensors` (OpenCLIP's keys, loadable by OpenCLIP as it is),
-`state.pt` (optimizer, generators, counters) and `config.yaml`. It is written under another name, flushed to the disk
-and renamed: a folder with the right name is complete, whenever the process is killed.
+`open_clip_config.json` (the architecture), `state.pt` (optimizer, generators, counters) and `config.yaml`. It is
+written under another name, flushed to the disk and renamed: a folder with the right name is complete, whenever the
+process is killed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 from clipq.dist.env import DistEnv
-from clipq.model.weights import load_openclip, read_weights, save_weights
+from clipq.model.weights import CONFIG_FILE, load_openclip, read_weights, save_weights
 from clipq.train.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class Checkpoints:
         keep_last: newest checkpoints kept.
         keep_every: checkpoints kept for good: those whose step is a multiple of it; 0 for none.
         config: the resolved configuration, written into each checkpoint.
+        architecture: the model's as OpenCLIP's JSON, written into each checkpoint: a file it came from may go.
     """
 
     def __init__(
@@ -53,12 +55,13 @@ class Checkpoints:
         keep_last: int,
         keep_every: int,
         config: str,
+        architecture: str,
     ) -> None:
         self.folder = folder
         self._env = env
         self._every, self._minutes = every, minutes
         self._keep_last, self._keep_every = keep_last, keep_every
-        self._config = config
+        self._config, self._architecture = config, architecture
         self._saved_at = time.monotonic()
         if env.is_main:
             folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +80,8 @@ class Checkpoints:
         """Writes a checkpoint of the state. Collective: every rank must call it; rank 0 writes.
 
         Args:
-            loader: {"workers", "world_size"}: what the order of samples depends on besides the configuration.
+            loader: {"workers", "world_size", "shards", "shard_names"}: what the order of samples depends on besides
+                the configuration.
 
         Raises:
             OSError: the checkpoint could not be written; those before it are untouched.
@@ -99,6 +103,7 @@ class Checkpoints:
                 file.flush()
                 os.fsync(file.fileno())
             (part / "config.yaml").write_text(self._config, encoding="utf-8")
+            (part / CONFIG_FILE).write_text(self._architecture, encoding="utf-8")
             if final.exists():  # saved at this very step before the run was resumed
                 shutil.rmtree(final)
             part.rename(final)

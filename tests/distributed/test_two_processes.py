@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 
+from clipq.build import reported_as_config_error
+from clipq.config.groups import ConfigError
 from clipq.dist.env import distributed
 from clipq.dist.gather import all_gather_with_grad, gather_objects, gather_rows
 from clipq.loss.contrastive import contrastive_loss
@@ -75,3 +78,24 @@ def collectives() -> None:
 def test_collectives() -> None:
     run_distributed(collectives, 3)  # asserts in the processes; a failure there raises here
     assert gather_rows(torch.ones(2, 3)).shape == (2, 3)
+
+
+def find(mistake: Exception | None) -> None:
+    with reported_as_config_error():
+        if mistake is not None:
+            raise mistake
+
+
+def mistakes() -> None:
+    with distributed("cpu") as env:
+        find(None)
+        with pytest.raises(ConfigError, match=r"^rank 1: no such file$"):
+            find(FileNotFoundError("no such file") if env.rank == 1 else None)
+        with pytest.raises(ConfigError, match=r"^the same$"):
+            find(ConfigError("the same"))
+
+
+def test_mistake_of_one_rank_ends_all() -> None:
+    run_distributed(mistakes, 2)
+    with pytest.raises(ConfigError, match=r"^alone$"):
+        find(ValueError("alone"))

@@ -10,7 +10,7 @@ import pytest
 import clipq.build
 from clipq.cli import eval as eval_command
 from clipq.cli import train as train_command
-from tests.helpers import colour_samples, colour_shards, command, tiny_arch, write_shard
+from tests.helpers import colour_samples, colour_shards, command, command_on_two_ranks, tiny_arch, write_shard
 
 MISTAKES = {
     "unknown setting": (["optim.lrr=1"], ["optim.lrr: no such setting", "Did you mean optim.lr?", "weight_decay"]),
@@ -31,6 +31,8 @@ MISTAKES = {
     "empty glob": (["data.shards=no/*.tar"], ["no shard matches 'no/*.tar'"]),
     "folder for shards": (["data.shards=data"], ["data is a folder", "data/*.tar"]),
     "shard twice": (["data.shards=[data/00000.tar,data/00000.tar]"], ["data/00000.tar is named twice"]),
+    "shard that is none": (["data.shards=tiny.json"], ["data.shards: no sample could be read from tiny.json"]),
+    "missing caption field": (["data.caption.field=json.nothing"], ["json field 'nothing'", "has: captions, n"]),
     "negative steps": (["steps=0"], ["steps=0: expected 1 or more"]),
     "warm-up too long": (["steps=10", "schedule.warmup=20"], ["schedule.warmup=20", "steps=10", "lower them"]),
     "cooldown without its schedule": (["schedule.cooldown=5"], ["constant_cooldown"]),
@@ -51,6 +53,10 @@ MISTAKES = {
     "task without class names": (
         ["eval=zero_shot", "eval.tasks.zero_shot.shards=data/00000.tar"],
         ["eval.tasks.zero_shot.classnames is not set"],
+    ),
+    "new task": (
+        ["+eval.tasks.a={kind:retrieval}"],
+        ["eval.tasks.a: ", "an entry of eval.tasks, written as in 'eval.tasks={a: {…}}'"],
     ),
     "unknown class list": (
         [
@@ -137,6 +143,23 @@ def test_evaluation_mistakes(
         assert part in message, message
 
 
+def test_built_in_set_is_rendered_after_the_checks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It takes twenty seconds, which a mistake should not wait for."""
+    for mistake in (["optim.lr=-1"], ["optim.lrr=1"], ["backend=fp16", "device=cpu"]):
+        assert "rendering" not in fails(train_command.main, ["experiment=demo", *mistake], monkeypatch, capsys)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CLIPQ_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(sys, "argv", ["clipq-train", "experiment=demo"])
+    with pytest.raises(SystemExit, match="2"):
+        train_command.main()
+    assert "clipq-train: cannot write the built-in data set to" in capsys.readouterr().err
+    shown = command("train", "experiment=demo", "--cfg", "job", "--resolve", cwd=tmp_path)
+    assert f"root: {tmp_path}/file/cache/shapes-" in shown.stdout
+    assert "rendering" not in shown.stderr
+
+
 @pytest.mark.parametrize(("good_shards", "code"), [(0, 2), (1, 1)], ids=["before the model", "while training"])
 def test_shards_without_captions_end_the_run(tmp_path: Path, good_shards: int, code: int) -> None:
     """A data set whose members have other names would filter every sample: it must not look like a hang."""
@@ -153,3 +176,22 @@ def test_shards_without_captions_end_the_run(tmp_path: Path, good_shards: int, c
     assert "caption, png" in said
     assert "Traceback" not in done.stdout + done.stderr
     assert ("parameters" in done.stdout) == (code == 1), "the model is built where the first shard is good"
+
+
+def test_error_of_another_rank_reaches_the_terminal(tmp_path: Path) -> None:
+    """Rank 0 itself only sees that a connection was closed."""
+    samples = colour_samples(20)
+    write_shard(tmp_path / "data" / "0.tar", samples)
+    write_shard(tmp_path / "data" / "1.tar", [{"png": s["png"]} for s in samples])
+    arguments = [f"model.name={tiny_arch(tmp_path)}", "data.shards=data/*.tar", "batch_size=4", "data.workers=1"]
+    done = command_on_two_ranks("train", *arguments, "data.shuffle=1", cwd=tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.count("[rank 1] error: shard data/1.tar has no sample with jpg;jpeg;png;webp and txt") == 1
+
+
+def test_two_ranks_tell_a_mistake_once(tmp_path: Path) -> None:
+    write_shard(tmp_path / "data" / "0.tar", colour_samples(4))
+    arguments = [f"model.name={tiny_arch(tmp_path)}", "batch_size=4", "data.workers=1"]
+    done = command_on_two_ranks("train", *arguments, "data.shards=no.tar", cwd=tmp_path)
+    assert done.stderr.count("train: no shard matches 'no.tar'") == 1
+    assert "rank 1: no shard" not in done.stderr

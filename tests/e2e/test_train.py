@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers import colour_shards, command, free_port, read_metrics, tiny_arch
+from tests.helpers import colour_shards, command, command_on_two_ranks, read_metrics, tiny_arch
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,22 @@ def test_openclip_loads_the_checkpoint(whole_run: Path, world: Path) -> None:
         torch.testing.assert_close(theirs.state_dict()[key], value)
 
 
+def test_checkpoint_carries_its_architecture(world: Path, tmp_path: Path) -> None:
+    """The JSON file that the run was given is gone, its settings were not the file's, and the folder is another."""
+    own = tmp_path / "own.json"
+    shutil.copy(world / "tiny.json", own)
+    settings = ["model.image_size=24", "model.layer_scale_init=0.5", "model.qk_norm=true", "name=own", "steps=6"]
+    command("train", *overrides(world, *settings, f"model.name={own}"), cwd=world)
+    own.unlink()
+    evaluation = [o for o in overrides(world) if o.startswith("eval")]
+    done = command("eval", f"checkpoint={world}/runs/own", *evaluation, cwd=tmp_path)
+    assert f"({own})" in done.stdout, "it is called as it was"
+    (at_the_end,) = read_metrics(world / "runs" / "own", "eval")
+    found = json.loads((world / "runs" / "own" / "eval" / "step_00000006.json").read_text())
+    assert found["results"][0]["metrics"] == pytest.approx(at_the_end["metrics"])
+    assert found["model"] == str(own)
+
+
 def test_killed_run_goes_on_as_if_nothing_had_happened(whole_run: Path, world: Path) -> None:
     """Kill -9 between two checkpoints; metrics and weights then equal those of the run that was left alone."""
     folder = world / "runs" / "killed"
@@ -139,20 +156,22 @@ def test_resume_refuses_what_does_not_fit(whole_run: Path, world: Path) -> None:
     assert "resume=never" in done.stderr
 
 
+def test_resume_knows_its_shards_by_name(whole_run: Path, world: Path) -> None:
+    """Data may move, but a file more would change the order of all samples without a word."""
+    shutil.copytree(world / "data", world / "moved")
+    moved = overrides(world, "name=whole", f"data.shards={world}/moved/*.tar")
+    done = command("train", *moved, cwd=world)
+    assert "has done its 30 steps" in done.stdout
+    assert f"changed since the checkpoint: data.shards: {world}/data/*.tar -> {world}/moved/*.tar" in done.stdout
+    shutil.copy(world / "moved" / "00000.tar", world / "moved" / "00005.tar")
+    done = command("train", *moved, cwd=world, check=False)
+    assert done.returncode == 2
+    assert "step_00000030 was trained on 5 shards, and the 6 of now have other names" in done.stderr
+
+
 def test_two_processes_make_one_run(whole_run: Path, world: Path) -> None:
     """Two processes make one run: one folder, one voice, a log file each. (test_train_step.py compares the numbers.)"""
-    port = free_port()
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)),
-            *("-m", "clipq.cli.train", *overrides(world, "name=two", "steps=10", "data.workers=1")),
-        ],
-        cwd=world,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = command_on_two_ranks("train", *overrides(world, "name=two", "steps=10", "data.workers=1"), cwd=world)
     assert done.returncode == 0, done.stderr
     folder = world / "runs" / "two"
     assert [r["step"] for r in read_metrics(folder)] == list(range(1, 11))

@@ -79,6 +79,18 @@ def test_captions_and_faults(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     assert "no text in txt" in caplog.text
 
 
+@pytest.mark.parametrize(("workers", "ranks"), [(0, 1), (0, 3), (2, 2)])
+def test_broken_shards_are_counted(shards: list[str], workers: int, ranks: int) -> None:
+    Path(shards[0]).write_bytes(b"no archive")
+    Path(shards[2]).write_bytes(Path(shards[2]).read_bytes()[:8000])
+    for source in (LabelledShards(shards), CaptionedShards(shards, Captions("txt"))):
+        streams = [EvalStream(source, mean_colour, 5, rank, ranks) for rank in range(ranks)]
+        batches = [batch for s in streams for batch in make_loader(s, workers=workers)]
+        assert sum(batch["broken_shards"] for batch in batches) == 2
+        assert sum(batch["failed"] for batch in batches) <= 1  # the last sample before the cut may lack members
+        assert 36 <= sum(len(batch["target"]) for batch in batches) < 53
+
+
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_only_faults(tmp_path: Path, ranks: int) -> None:
     source = LabelledShards([str(write_shard(tmp_path / "0.tar", [{"png": b"x", "cls": "0"}] * 4))])

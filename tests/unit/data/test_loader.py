@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from clipq.data.decode import Captions, TrainTransform
-from clipq.data.loader import TrainStream, default_workers, make_loader
+from clipq.data.loader import TrainStream, default_workers, make_loader, warn_of_few_shards
 from clipq.data.shards import visits
 from tests.helpers import colour_samples, colour_shards, encode, picture, write_shard
 
@@ -163,6 +163,21 @@ def test_one_of_several_captions(tmp_path: Path) -> None:
 def test_default_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)), raising=False)
     assert [default_workers(n) for n in (1, 2, 4, 16, 32)] == [14, 7, 3, 1, 1]
+
+
+def test_fewer_shards_than_lanes(caplog: pytest.LogCaptureFixture) -> None:
+    warn_of_few_shards(8, ranks=2, workers=4)
+    warn_of_few_shards(1, ranks=1, workers=0)
+    assert not caplog.messages
+    warn_of_few_shards(7, ranks=2, workers=4)
+    warn_of_few_shards(3, ranks=1, workers=4)
+    warn_of_few_shards(3, ranks=4, workers=0)
+    several, one, few = caplog.messages
+    assert "7 shards for 8 loader processes (2 ranks with 4 each)" in several
+    assert "within a batch" in several
+    assert several.endswith("Pack the data into 8 shards or more, or set data.workers=3")
+    assert "within a batch" not in one
+    assert few.endswith("Pack the data into 4 shards or more")
 
 
 def test_warnings_of_workers_reach_the_log(tmp_path: Path) -> None:

@@ -11,7 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from clipq.data.shards import expand, member, read_shard, share_of_lane, shuffled_samples
+from clipq.data.decode import Captions
+from clipq.data.shards import (
+    check_members,
+    expand,
+    member,
+    names_digest,
+    read_shard,
+    share_of_lane,
+    shuffled_samples,
+)
 from tests.helpers import colour_samples, colour_shards, write_shard
 
 PLAIN = ("png", "txt")
@@ -275,6 +284,54 @@ def test_shard_of_other_names_ends_the_run(tmp_path: Path) -> None:
         shuffled(names, 100)
 
 
+def test_samples_left_out_are_counted_once_for_each_shard(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    samples = colour_samples(10)
+    bare = [{"png": s["png"]} for s in samples]
+    whole = str(write_shard(tmp_path / "0.tar", samples))
+    poor = str(write_shard(tmp_path / "1.tar", [samples[0], *bare[1:8], {"txt": "x"}, {"json": "{}"}]))
+    for lane in (0, 1):  # some passes; together the two lanes visit a shard once a pass
+        assert len(shuffled([whole, poor], 60, lane=lane, lanes=2)) == 60
+    assert caplog.messages == [
+        f"shard {poor}: 9 of its 10 samples are left out: 7 without txt, 1 without png, 1 without png and txt"
+    ]
+
+
+def check(*shards: Path, field: str = "txt") -> None:
+    captions = Captions(field)
+    check_members([str(s) for s in shards], ("png", captions.member), captions.all)
+
+
+def test_captions_are_taken_before_training(tmp_path: Path) -> None:
+    shard = write_shard(tmp_path / "0.tar", colour_samples(120))
+    check(shard)
+    check(shard, field="json.captions")
+    with pytest.raises(ValueError, match=r"0\.tar: no caption .*json field 'nothing' .* has: captions, n\. Check"):
+        check(shard, field="json.nothing")
+    blank = write_shard(tmp_path / "1.tar", [{"png": b"1", "txt": " "}])
+    with pytest.raises(ValueError, match="has no text in txt"):
+        check(blank)
+    check(write_shard(tmp_path / "2.tar", [{"png": b"1", "txt": " "}, {"png": b"1", "txt": "a"}]))
+
+
+def test_shards_that_cannot_be_read_are_found_before_training(tmp_path: Path) -> None:
+    junk, empty = tmp_path / "junk.tar", tmp_path / "empty.tar"
+    junk.write_bytes(b"<html>404</html>" * 100)
+    empty.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"data\.shards: no sample could be read from .*junk\.tar: expected \.tar"):
+        check(junk)
+    with pytest.raises(ValueError, match=r"from any of 2 shards, such as .*junk\.tar: expected"):
+        check(junk, empty)
+    check(junk, write_shard(tmp_path / "good.tar", colour_samples(2)))  # as in training, where it is passed over
+    check_members([str(junk), "s3://bucket/0.tar"], ("png",), Captions("txt").all)  # an address is not read for a check
+
+
+def test_digest_is_of_names_and_order() -> None:
+    digest = names_digest(["a/0.tar", "a/1.tar"])
+    assert digest == names_digest(["/moved/0.tar", "s3://b/1.tar"])
+    others = [["a/1.tar", "a/0.tar"], ["a/0.tar"], ["a/0.tar", "a/1.tar", "a/2.tar"], ["a/0.tar", "a/1.tar.gz"]]
+    assert len({digest, *map(names_digest, others)}) == 5
+
+
 def test_unreadable_shard_is_passed_over(shards: list[str], caplog: pytest.LogCaptureFixture) -> None:
     """One shard of thousands is empty, or was away for a moment: no reason to lose the run."""
     tar_of(Path(shards[3]), [])
@@ -299,13 +356,24 @@ def test_member_takes_the_first_extension() -> None:
     assert member(sample, "txt") == b""
 
 
+@pytest.mark.parametrize("lanes", [1, 2, 7])
+def test_damage_is_told_by_one_lane(lanes: int, shards: list[str]) -> None:
+    Path(shards[1]).write_bytes(Path(shards[1]).read_bytes()[:6000])
+    damaged(Path(shards[2]), "cut between members")
+    Path(shards[4]).unlink()
+    told: list[str] = []
+    for lane in range(lanes):
+        list(share_of_lane(shards, lane=lane, lanes=lanes, on_damage=told.append))
+    assert sorted(told) == [shards[1], shards[2], shards[4]]
+
+
 def test_lanes_read_no_more_shards_than_they_must(shards: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """With many loader processes the same bytes would be read and unpacked again and again."""
     import clipq.data.shards as module
 
     opened: list[str] = []
     original = module.read_shard
-    monkeypatch.setattr(module, "read_shard", lambda shard: opened.append(shard) or original(shard))
+    monkeypatch.setattr(module, "read_shard", lambda shard, **more: opened.append(shard) or original(shard, **more))
     for lanes in (1, 3, 5, 8, 13):
         opened.clear()
         for lane in range(lanes):

@@ -69,9 +69,9 @@ def test_batches_tell_how_far_they_are(tmp_path: Path) -> None:
 
 
 def test_summary_and_files(tmp_path: Path) -> None:
-    metrics = {"top1": 0.71, "chance": 0.02, "images": 12_000, "failed": 0}
+    metrics = {"top1": 0.71, "chance": 0.02, "images": 12_000, "failed": 0, "broken_shards": 2}
     result = EvalResult("shapes", "zero_shot", metrics, [{"image": "x", "truth": "a", "best": [["a", 0.5]]}])
-    assert result.summary() == "shapes: top1 71.00%, chance 2.00%, 12,000 images"
+    assert result.summary() == "shapes: top1 71.00%, chance 2.00%, 12,000 images, 2 broken shards"
     for step in (5, 10):
         result.write_examples(tmp_path / "run" / "examples", step)
     assert [p.name for p in (tmp_path / "run" / "examples").iterdir()] == ["shapes.json"]

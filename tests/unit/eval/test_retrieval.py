@@ -91,7 +91,12 @@ def test_task(tmp_path: Path, workers: int) -> None:
         unit(np.stack([picture_features(noise(n)) for n in range(20)])),
         unit(np.stack([word_features(w) for w in words])),
     )
-    expected = by_sorting(images, texts, np.arange(20).repeat(2)) | {"images": 20, "texts": 40, "failed": 0}
+    expected = by_sorting(images, texts, np.arange(20).repeat(2)) | {
+        "images": 20,
+        "texts": 40,
+        "failed": 0,
+        "broken_shards": 0,
+    }
     assert list(result.metrics) == list(expected)
     assert result.metrics == pytest.approx(expected)
     assert result.kind == "retrieval"
@@ -110,6 +115,10 @@ def test_faults(tmp_path: Path) -> None:
     source = CaptionedShards([str(write_shard(tmp_path / "x.tar", samples))], Captions("txt"))
     metrics = Retrieval("t", source).run(fake_encoder()).metrics
     assert (metrics["images"], metrics["texts"], metrics["failed"]) == (3, 3, 2)
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes((tmp_path / "x.tar").read_bytes()[:4000])
+    source = CaptionedShards([str(tmp_path / "x.tar"), str(cut)], Captions("txt"))
+    assert Retrieval("t", source).run(fake_encoder()).metrics["broken_shards"] == 1
     source = CaptionedShards([str(write_shard(tmp_path / "x.tar", samples[1:3]))], Captions("txt"))
     with pytest.raises(ValueError, match="evaluation t: no image could be read"):
         Retrieval("t", source).run(fake_encoder())

@@ -40,6 +40,7 @@ def expected_metrics(labels: list[int], classes: list[str], subset: list[int]) -
         "chance": 1 / len(classes),
         "images": len(labels),
         "failed": 0,
+        "broken_shards": 0,
         "some_top1": right[of_subset].mean(),
     }
     return metrics, scores
@@ -97,7 +98,16 @@ def test_failed_images_are_counted(tmp_path: Path) -> None:
     samples = [{"png": noise(n) if n % 3 else b"no image", "cls": "1"} for n in range(10)]
     shard = str(write_shard(tmp_path / "x.tar", samples))
     metrics = ZeroShot("t", LabelledShards([shard]), CLASSES, TEMPLATES).run(fake_encoder()).metrics
-    assert (metrics["images"], metrics["failed"]) == (6, 4)
+    assert (metrics["images"], metrics["failed"], metrics["broken_shards"]) == (6, 4, 0)
+
+
+def test_broken_shards_are_counted(tmp_path: Path) -> None:
+    shards = labelled(tmp_path, [[0, 1], [1, 2], [2, 3, 4]])
+    Path(shards[1]).write_bytes(b"")
+    Path(shards[2]).write_bytes(Path(shards[2]).read_bytes()[:4608])
+    metrics = ZeroShot("t", LabelledShards(shards), CLASSES, TEMPLATES).run(fake_encoder()).metrics
+    assert metrics["broken_shards"] == 2
+    assert metrics["images"] < 7
 
 
 def test_nothing_to_evaluate(tmp_path: Path) -> None:

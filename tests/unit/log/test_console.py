@@ -73,14 +73,17 @@ def test_terminal_rewrites_the_live_line_and_keeps_messages() -> None:
     assert f"{CLEAR_LINE}saved\n" in text
 
 
-def test_other_ranks_are_silent(tmp_path: Path) -> None:
-    out = io.StringIO()
-    console = Console(enabled=False, stream=out)
-    setup_logging(console, file=tmp_path / "logs" / "rank_1.log")
+def test_other_ranks_are_silent_but_for_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(enabled=False)
+    setup_logging(console, file=tmp_path / "logs" / "rank_1.log", rank=1)
     logging.getLogger("clipq.somewhere").warning("a shard is broken")
     console.progress(ROW, steps=10, seconds_per_step=1)
-    assert out.getvalue() == ""
-    assert "WARNING clipq.somewhere: a shard is broken" in (tmp_path / "logs" / "rank_1.log").read_text()
+    assert capsys.readouterr() == ("", "")
+    logging.getLogger("clipq.somewhere").error("this ends the run")
+    assert capsys.readouterr() == ("", "[rank 1] error: this ends the run\n")
+    in_file = (tmp_path / "logs" / "rank_1.log").read_text()
+    assert "WARNING clipq.somewhere: a shard is broken" in in_file
+    assert "ERROR clipq.somewhere: this ends the run" in in_file
 
 
 def test_log_records_reach_console_and_file(tmp_path: Path) -> None:

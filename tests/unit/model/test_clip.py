@@ -116,6 +116,30 @@ def test_timm_tower_takes_size_dropout_and_checkpointing(write_config, config, b
     bundle.model(*batch(image=96))["image_features"].sum().backward()
 
 
+def test_timm_tower_takes_the_size_in_the_file(write_config, config, batch):
+    config["timm"]["vision_cfg"] = {**TIMM, "image_size": 96}
+    bundle = create_model(write_config(config["timm"]))
+    assert bundle.preprocess.size == (96, 96)
+    bundle.model(*batch(image=96))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "says"),
+    [
+        ("test_vit", 100, "multiple of its patches of 16, such as 96"),
+        ("mixer_s32_224", 160, "expected 224, the only one"),
+    ],
+)
+@pytest.mark.parametrize("where", ["file", "setting"])
+def test_timm_tower_of_another_size(write_config, config, name, size, says, where):
+    own = {"image_size": size} if where == "file" else {}
+    config["timm"]["vision_cfg"] = {**TIMM, "timm_model_name": name, **own}
+    with pytest.raises(
+        ValueError, match=rf"image size of {size} with the timm model {name}: .*{says}.*model.image_size"
+    ):
+        create_model(write_config(config["timm"]), image_size=None if where == "file" else size)
+
+
 def test_openclip_neither_warns_nor_installs_log_handlers(write_config, tiny, caplog):
     root = logging.getLogger()
     before = (list(root.handlers), list(root.filters))

@@ -37,7 +37,7 @@ def step(state: TrainState) -> float:
 
 def checkpoints(folder: Path, **options: int) -> Checkpoints:
     settings = {"every": 0, "minutes": 0, "keep_last": 2, "keep_every": 0} | options
-    return Checkpoints(folder, ENV, config="steps: 1\n", **settings)  # pyright: ignore
+    return Checkpoints(folder, ENV, config="steps: 1\n", architecture="{}", **settings)  # pyright: ignore
 
 
 def test_loaded_state_goes_on_exactly(arch: Path, tmp_path: Path) -> None:

@@ -1,0 +1,128 @@
+"""Each setting arrives in the object that it configures. Every value here differs from every default."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from clipq.build import build_captions, build_model, build_optimizer, build_schedule, build_stream
+from clipq.config.choices import Decay
+from clipq.config.groups import AugmentConfig, CaptionConfig, DataConfig, ModelConfig, OptimConfig, ScheduleConfig
+from clipq.config.schema import TrainJob
+from clipq.data.decode import Captions, TrainTransform
+from clipq.dist.env import DistEnv
+from clipq.model.clip import create_model
+from clipq.model.surgery import blocks
+from clipq.model.weights import save_weights
+from clipq.train.schedule import Schedule
+
+SECOND_OF_THREE = DistEnv(rank=1, world_size=3, local_rank=1, local_world_size=3, device=torch.device("cpu"))
+
+
+def test_optimizer(arch: Path) -> None:
+    model = build_model(ModelConfig(name=str(arch))).model
+    optimizer = build_optimizer(
+        model, OptimConfig(lr=0.3, beta1=0.7, beta2=0.8, eps=1e-3, weight_decay=0.4, clip_norm=5.0)
+    )
+    assert isinstance(optimizer, torch.optim.AdamW)
+    decayed, plain = optimizer.param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.4, 0.0)
+    for group in (decayed, plain):
+        assert (group["lr"], group["betas"], group["eps"]) == (0.3, (0.7, 0.8), 1e-3)
+    assert "logit_scale" in plain["param_names"]
+    assert {n for n, p in model.named_parameters() if p.ndim >= 2} == set(decayed["param_names"])
+    held = {id(p) for group in (decayed, plain) for p in group["params"]}
+    assert held == {id(p) for p in model.parameters()}
+
+
+def test_schedule() -> None:
+    job = TrainJob(
+        name="x",
+        steps=100,
+        optim=OptimConfig(lr=2.0),
+        schedule=ScheduleConfig(decay=Decay.constant_cooldown, warmup=10, cooldown=20, final_lr=0.25),
+    )
+    schedule = build_schedule(job)
+    expected = Schedule("constant_cooldown", 2.0, 100, 10, 20, 0.25)
+    assert [schedule(step) for step in range(1, 101)] == [expected(step) for step in range(1, 101)]
+    assert [schedule(step) for step in (5, 10, 50, 81, 91, 101)] == pytest.approx([1.0, 2.0, 2.0, 2.0, 1.25, 0.5])
+
+
+def test_captions() -> None:
+    assert build_captions(CaptionConfig(field="json.words", lines=False)) == Captions("json.words", False)
+    assert build_captions(CaptionConfig(field="txt", lines=True)) == Captions("txt", True)
+
+
+def test_stream(shards: list[str], arch: Path) -> None:
+    clip = create_model(str(arch), image_size=24)
+    augment = AugmentConfig(
+        scale=[0.4, 0.6],
+        ratio=[0.8, 1.2],
+        flip=0.3,
+        color_jitter=[0.1, 0.2, 0.3, 0.05],
+        color_jitter_prob=0.7,
+        grayscale=0.15,
+    )
+    config = DataConfig(
+        name="x",
+        shards=shards[1:],
+        image="png;gif",
+        caption=CaptionConfig(field="json.captions"),
+        augment=augment,
+        shuffle=17,
+    )
+    stream = build_stream(config, clip, SECOND_OF_THREE, batch_size=12, seed=5)
+    assert stream.shards == shards[1:]
+    assert stream.transform == TrainTransform(
+        size=(24, 24),
+        interpolation="bicubic",
+        scale=(0.4, 0.6),
+        ratio=(0.8, 1.2),
+        flip=0.3,
+        color_jitter=(0.1, 0.2, 0.3, 0.05),
+        color_jitter_prob=0.7,
+        grayscale=0.15,
+    )
+    assert stream.captions == Captions("json.captions")
+    assert stream.tokenizer is clip.tokenizer
+    assert stream.batch_size == 4, "the share of one of three ranks"
+    assert (stream.image, stream.shuffle, stream.seed) == ("png;gif", 17, 5)
+    assert (stream.rank, stream.world_size, stream.start) == (1, 3, 0)
+
+
+def test_model(arch: Path) -> None:
+    clip = build_model(
+        ModelConfig(
+            name=str(arch),
+            image_size=24,
+            layer_scale_init=0.125,
+            patch_dropout=0.5,
+            qk_norm=True,
+            grad_checkpointing=True,
+        )
+    )
+    model = clip.model
+    assert clip.preprocess.size == (24, 24)
+    assert model.get_submodule("visual.patch_dropout").prob == 0.5
+    assert model.get_submodule("visual.transformer").grad_checkpointing is True
+    found = dict(blocks(model))
+    assert len(found) == 3
+    for name, block in found.items():
+        assert isinstance(block.attn.ln_q, torch.nn.LayerNorm), name
+        assert isinstance(block.attn.ln_k, torch.nn.LayerNorm), name
+        assert (block.ls_1.gamma == 0.125).all()
+        assert (block.ls_2.gamma == 0.125).all()
+
+
+def test_model_starts_from_the_weights_given(arch: Path, tmp_path: Path) -> None:
+    first = build_model(ModelConfig(name=str(arch))).model
+    save_weights(first, tmp_path / "w.safetensors")
+    again = build_model(ModelConfig(name=str(arch), pretrained=str(tmp_path / "w.safetensors"))).model
+    for key, value in first.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+
+
+def test_packaged_model_by_its_name() -> None:
+    assert build_model(ModelConfig(name="ViT-S-8-64")).preprocess.size == (64, 64)
