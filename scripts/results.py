@@ -19,7 +19,7 @@ from clipq.report.summary import compare, count, duration, percent
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "benchmarks"
 BEGIN, END = "<!-- results of {kind}: made by scripts/results.py -->", "<!-- end of results -->"
-PAGES = {"README.md": ("run", "step"), "docs/low_precision.md": ("products", "producers", "step")}
+PAGES = {"README.md": ("run", "step"), "docs/low_precision.md": ("step",)}
 """Page -> kinds of tables on it, in the order of the page."""
 
 
@@ -108,41 +108,8 @@ def step_table(results: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def product_table(results: list[dict[str, Any]]) -> str:
-    """Products in TFLOP/s (TOPS for int8), and their ratio to cuBLAS bf16 in the same run."""
-    rows = ["| device | M × K × N | cuBLAS bf16 | int8 | ratio | fp8 | ratio |", "|---|---|---|---|---|---|---|"]
-    for result in results:
-        for shape, row in result["results"]["products"].items():
-            where = f"{result['environment']['device']} | {shape.replace('x', ' × ')}"
-            rows.append(
-                f"| {where} | {row['bf16']:.0f} | {row['int8']:.0f} | {row['int8_ratio']:.2f} | {row['fp8']:.0f} | "
-                f"{row['fp8_ratio']:.2f} |"
-            )
-    return "\n".join(rows)
-
-
-def producer_table(results: list[dict[str, Any]]) -> str:
-    """Kernels over rows: share of the device's copy bandwidth, by width."""
-    lines = []
-    for result in results:
-        widths = result["results"]["producers"]
-        lines += [
-            f"| {result['environment']['device']} | {' | '.join(widths)} |",
-            f"|---|{'---|' * len(widths)}",
-        ]
-        for name in next(iter(widths.values())):
-            shares = [f"{w[name]:.2f}" if name in w else "–" for w in widths.values()]
-            lines.append(f"| {name} | {' | '.join(shares)} |")
-    return "\n".join(lines)
-
-
-TABLES = {
-    "run": ("run", run_table),
-    "step": ("step", step_table),
-    "products": ("gemm", product_table),
-    "producers": ("gemm", producer_table),
-}
-"""Kind of a table -> kind of the results that it shows, and what makes it."""
+TABLES = {"run": run_table, "step": step_table}
+"""Kind of results -> what makes their table."""
 
 
 def pages(*, check: bool) -> int:
@@ -153,13 +120,12 @@ def pages(*, check: bool) -> int:
         path = ROOT / name
         text = new = path.read_text(encoding="utf-8")
         for kind in kinds:
-            wanted, make = TABLES[kind]
             begin = BEGIN.format(kind=kind)
             before, _, rest = new.partition(begin)
             _, end, after = rest.partition(END)
             if not end:
                 raise SystemExit(f"{name} has no place for the table of {kind}: {begin} … {END}")
-            new = f"{before}{begin}\n{make([r for r in results if r['kind'] == wanted])}\n{END}{after}"
+            new = f"{before}{begin}\n{TABLES[kind]([r for r in results if r['kind'] == kind])}\n{END}{after}"
         differing |= new != text
         if not check:
             path.write_text(new, encoding="utf-8")

@@ -145,9 +145,10 @@ class BackendConfig:
     """fp8 type of gradients, for recipes of fp8."""
     compile: Switch = Switch.auto
     """torch.compile each block: auto compiles on CUDA only."""
-    cuda_graph: Switch = Switch.auto
-    """Record forward and backward of the training step as a CUDA graph, so that launches cost nothing: auto does it
-    with one process on one GPU, for models all of whose blocks are clipq's, without gradient checkpointing."""
+    cuda_graph: Switch = Switch.off
+    """Record forward and backward of the training step as a CUDA graph, so that launches cost nothing. `auto` does it
+    with one process on one GPU, for models all of whose blocks are clipq's, without gradient checkpointing. `off` is the
+    default until more runs have been trained this way."""
 
     def __post_init__(self) -> None:
         require(
