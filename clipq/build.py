@@ -157,7 +157,11 @@ def build_encoder(
 
 
 def build_evaluators(config: EvalConfig) -> list[Evaluator]:
-    return [_evaluator(name, task, config.examples) for name, task in config.tasks.items()]
+    """The evaluators of the tasks, each of which has looked at its data."""
+    evaluators = [_evaluator(name, task, config.examples) for name, task in config.tasks.items()]
+    for evaluator in evaluators:
+        evaluator.check()
+    return evaluators
 
 
 def _evaluator(name: str, task: TaskConfig, examples: int) -> Evaluator:
