@@ -298,7 +298,8 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
         keep_every=job.checkpoint.keep_every,
         config=yaml,
     )
-    resume(checkpoints, state, env, loader_info)
+    with reported_as_config_error():
+        resume(checkpoints, state, env, loader_info)
     model = parallelize(clip.model, job.parallel, env)
     compile_blocks(clip.model, job.backend, env)
     run = Run(
