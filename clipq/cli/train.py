@@ -43,9 +43,11 @@ def train_job(job: TrainJob, yaml: str) -> None:
 def _train(job: TrainJob, yaml: str, env: DistEnv) -> None:
     from clipq.build import build_run, build_writers
     from clipq.data.shards import DataError
+    from clipq.eval.common import EvalError
     from clipq.log.console import Console, setup_logging
     from clipq.log.folder import environment, flatten_yaml, write_folder
-    from clipq.train.loop import NonFiniteLossError, train, write
+    from clipq.train.checkpoint import CheckpointError, disk_is_full
+    from clipq.train.loop import NonFiniteError, owed, train, write
 
     folder = Path(job.runs) / job.name
     differing = _changes_since_checkpoint(job, folder, yaml)
@@ -56,7 +58,7 @@ def _train(job: TrainJob, yaml: str, env: DistEnv) -> None:
         log.warning("changed since the checkpoint: %s", line)
     try:
         training = build_run(job, env, folder, yaml, console)
-        if training.state.step >= job.steps:
+        if training.state.step >= job.steps and not owed(training):
             log.info("%s has done its %d steps: raise steps, or choose another name=", folder, training.state.step)
             return
         if env.is_main:
@@ -72,10 +74,13 @@ def _train(job: TrainJob, yaml: str, env: DistEnv) -> None:
         log.info("finished: %s", folder)
     except ConfigError:
         raise
-    except (NonFiniteLossError, DataError) as error:
+    except (NonFiniteError, DataError, EvalError, CheckpointError) as error:
         log.error("%s", error)
         raise SystemExit(1) from error
-    except Exception:
+    except Exception as error:
+        if disk_is_full(error):
+            log.error("%s: the disk is full: make room, and the same command goes on from the last checkpoint", folder)
+            raise SystemExit(1) from error
         # into the log file of this rank too; the interpreter prints it
         log.exception("the run ended with an error")
         raise
@@ -95,7 +100,11 @@ def _changes_since_checkpoint(job: TrainJob, folder: Path, yaml: str) -> list[st
         return []
     if job.resume is Resume.never:
         raise ConfigError(f"resume=never, but {folder} holds {found.name}: choose another name=, or remove it")
-    return changes((found / "config.yaml").read_text(encoding="utf-8"), yaml)
+    try:
+        stored = (found / "config.yaml").read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{found} is not whole: {error}: remove it to go on from the one before it") from error
+    return changes(stored, yaml)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,14 +41,7 @@ class JsonlWriter:
         self._file = path.open("a", encoding="utf-8")
 
     def _cut(self, step: int) -> None:
-        kept = []
-        for line in self._path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue  # a line that a kill cut short
-            if row["step"] <= step:
-                kept.append(line)
+        kept = [line for line, row in _lines(self._path) if row["step"] <= step]
         part = self._path.with_suffix(".part")
         part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         part.replace(self._path)
@@ -59,6 +52,22 @@ class JsonlWriter:
 
     def close(self) -> None:
         self._file.close()
+
+
+def evaluated(path: Path, step: int) -> set[str]:
+    """Tasks of which a metrics.jsonl holds the evaluation after this step."""
+    if not path.exists():
+        return set()
+    return {row["task"] for _, row in _lines(path) if row["kind"] == "eval" and row["step"] == step}
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Row]]:
+    """The lines of a metrics.jsonl, each as it is and read."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield line, json.loads(line)
+        except ValueError:
+            continue  # a line that a kill cut short
 
 
 def _finite(value: Any) -> Any:

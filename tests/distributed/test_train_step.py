@@ -71,7 +71,8 @@ def train_on(run: Run) -> dict[str, Any]:
 def rank_of_two(folder: str) -> None:
     with distributed("cpu") as env:
         run = build_run(job_in(Path(folder)), env, Path(folder) / "run", "", Console(enabled=False))
-        torch.save(train_on(run), f"{folder}/{env.rank}.pt")
+        drawn = torch.rand(8)
+        torch.save({"drawn": drawn, **train_on(run)}, f"{folder}/{env.rank}.pt")
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
@@ -79,6 +80,10 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     tiny_arch(tmp_path)
     run_distributed(rank_of_two, 2, str(tmp_path))
     ranks = [torch.load(tmp_path / f"{r}.pt") for r in range(2)]
+    for rank, found in enumerate(ranks):  # what dropout draws from: the seed's own on each rank, never the same
+        torch.manual_seed(job_in(tmp_path).seed + rank)
+        assert torch.equal(found["drawn"], torch.rand(8))
+    assert not torch.equal(ranks[0]["drawn"], ranks[1]["drawn"])
     with distributed("cpu") as env:
         run = build_run(job_in(tmp_path), env, tmp_path / "run1", "", Console(enabled=False))
         start = {n: p.detach().clone() for n, p in run.state.model.named_parameters()}
