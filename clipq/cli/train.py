@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clipq.config.choices import Resume
+from clipq.config.choices import Resume, Wandb
 from clipq.config.groups import ConfigError
 from clipq.config.hydra import run
 from clipq.config.schema import TrainJob, check
@@ -34,13 +34,26 @@ def synthetic() -> str:
 def train_job(job: TrainJob, yaml: str) -> None:
     """Runs a job on this process and those that torchrun started beside it."""
     from clipq.dist.env import cuda_capability, distributed, world_size_from_environment
+    from clipq.train.lock import locked
 
     check(job, world_size=world_size_from_environment(), capability=cuda_capability())
     with distributed(job.device.value, timeout_minutes=job.parallel.timeout_minutes) as env:
-        _train(job, yaml, env)
+        _check_wandb(job, env)
+        folder = Path(job.runs) / job.name
+        with locked(folder, env):
+            _train(job, folder, yaml, env)
 
 
-def _train(job: TrainJob, yaml: str, env: DistEnv) -> None:
+def _check_wandb(job: TrainJob, env: DistEnv) -> None:
+    from clipq.dist.gather import raised_on_every_rank
+    from clipq.log.writers import check_wandb_login
+
+    with raised_on_every_rank(ConfigError):
+        if env.is_main and job.log.wandb is Wandb.online:
+            check_wandb_login()
+
+
+def _train(job: TrainJob, folder: Path, yaml: str, env: DistEnv) -> None:
     from clipq.build import build_run, build_writers
     from clipq.data.shards import DataError
     from clipq.eval.common import EvalError
@@ -49,7 +62,6 @@ def _train(job: TrainJob, yaml: str, env: DistEnv) -> None:
     from clipq.train.checkpoint import CheckpointError, disk_is_full
     from clipq.train.loop import NonFiniteError, owed, train, write
 
-    folder = Path(job.runs) / job.name
     differing = _changes_since_checkpoint(job, folder, yaml)
     env.barrier()  # every rank has read the folder before one of them changes it
     console = Console(enabled=env.is_main)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+from clipq.config.groups import require
 
 Row = dict[str, Any]
 """One metrics row: `kind` is train, eval or resume; always a `step`."""
@@ -94,6 +97,25 @@ class TensorBoardWriter:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def check_wandb_login() -> None:
+    """Finds a missing key before anything is built; nothing is asked of the network.
+
+    Raises:
+        ConfigError: there is none in the environment, in wandb's settings or in .netrc.
+    """
+    import wandb
+
+    if "prompt" in inspect.signature(wandb.login).parameters:
+        found = wandb.login(prompt=False, verify=False)
+    else:
+        found = wandb.api.api_key is not None
+    require(
+        found,
+        "log.wandb=online: no API key of Weights & Biases was found: run `wandb login`, set WANDB_API_KEY, or choose "
+        "log.wandb=offline",
+    )
 
 
 class WandbWriter:
