@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,8 +40,6 @@ def locked(folder: Path, env: DistEnv) -> Iterator[None]:
 
 
 def _lock(descriptor: int, folder: Path) -> None:
-    import fcntl  # not on every platform
-
     try:
         # Not flock(), whose lock a forked loader process would keep for the seconds that it outlives a killed trainer.
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
