@@ -167,7 +167,11 @@ def build_encoder(
 
 
 def build_evaluators(config: EvalConfig) -> list[Evaluator]:
-    return [_evaluator(name, task, config.examples) for name, task in config.tasks.items()]
+    """The evaluators of the tasks, each of which has looked at its data."""
+    evaluators = [_evaluator(name, task, config.examples) for name, task in config.tasks.items()]
+    for evaluator in evaluators:
+        evaluator.check()
+    return evaluators
 
 
 def _evaluator(name: str, task: TaskConfig, examples: int) -> Evaluator:
@@ -312,7 +316,8 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
         config=yaml,
         architecture=clip.openclip_json(),
     )
-    resume(checkpoints, state, env, loader_info)
+    with reported_as_config_error():
+        resume(checkpoints, state, env, loader_info)
     model = parallelize(clip.model, job.parallel, env)
     compile_blocks(clip.model, job.backend, env)
     run = Run(

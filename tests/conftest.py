@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,3 +40,18 @@ def shards(tmp_path: Path) -> list[str]:
 @pytest.fixture
 def arch(tmp_path: Path) -> Path:
     return tiny_arch(tmp_path)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MiB; mounting one takes root."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    try:
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "clipq-test", folder], capture_output=True)
+    except OSError:
+        pytest.skip("there is no mount command")
+    if done.returncode:
+        pytest.skip("cannot mount a file system")
+    yield folder
+    subprocess.run(["umount", folder], check=True)

@@ -38,6 +38,7 @@ def eval_job(job: EvalJob, resolved: str) -> None:
 
 def _evaluate(job: EvalJob, env: DistEnv) -> None:
     from clipq.build import build_encoder, build_evaluators, build_model, convert, reported_as_config_error
+    from clipq.eval.common import EvalError
     from clipq.log.console import Console, setup_logging
     from clipq.log.folder import environment
 
@@ -51,7 +52,10 @@ def _evaluate(job: EvalJob, env: DistEnv) -> None:
     convert(clip.model, job.backend)
     log.info("evaluating %s (%s) on %s in %s", job.checkpoint, config.name, env.device, job.backend.precision.value)
     encoder = build_encoder(clip, job.backend, job.eval, env, console)
-    results = [evaluator.run(encoder) for evaluator in evaluators]
+    try:
+        results = [evaluator.run(encoder) for evaluator in evaluators]
+    except EvalError as error:
+        raise ConfigError(str(error)) from error
     if env.is_main:
         write_results(output, job, config, results, environment(env.device, env.world_size))
         console.message(table(results))

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clipq.config.choices import Resume
+from clipq.config.choices import Resume, Wandb
 from clipq.config.groups import ConfigError
 from clipq.config.hydra import run
 from clipq.config.schema import TrainJob, check
@@ -46,21 +46,35 @@ def render_synthetic(yaml: str) -> None:
 def train_job(job: TrainJob, yaml: str) -> None:
     """Runs a job on this process and those that torchrun started beside it."""
     from clipq.dist.env import cuda_capability, distributed, world_size_from_environment
+    from clipq.train.lock import locked
 
     check(job, world_size=world_size_from_environment(), capability=cuda_capability())
     render_synthetic(yaml)
     with distributed(job.device.value, timeout_minutes=job.parallel.timeout_minutes) as env:
-        _train(job, yaml, env)
+        _check_wandb(job, env)
+        folder = Path(job.runs) / job.name
+        with locked(folder, env):
+            _train(job, folder, yaml, env)
 
 
-def _train(job: TrainJob, yaml: str, env: DistEnv) -> None:
+def _check_wandb(job: TrainJob, env: DistEnv) -> None:
+    from clipq.dist.gather import raised_on_every_rank
+    from clipq.log.writers import check_wandb_login
+
+    with raised_on_every_rank(ConfigError):
+        if env.is_main and job.log.wandb is Wandb.online:
+            check_wandb_login()
+
+
+def _train(job: TrainJob, folder: Path, yaml: str, env: DistEnv) -> None:
     from clipq.build import build_run, build_writers, reported_as_config_error
     from clipq.data.shards import DataError
+    from clipq.eval.common import EvalError
     from clipq.log.console import Console, setup_logging
     from clipq.log.folder import environment, flatten_yaml, write_folder
-    from clipq.train.loop import NonFiniteLossError, train, write
+    from clipq.train.checkpoint import CheckpointError, disk_is_full
+    from clipq.train.loop import NonFiniteError, owed, train, write
 
-    folder = Path(job.runs) / job.name
     with reported_as_config_error():  # which waits: every rank has read the folder before one of them changes it
         differing = _changes_since_checkpoint(job, folder, yaml)
     console = Console(enabled=env.is_main)
@@ -69,7 +83,7 @@ def _train(job: TrainJob, yaml: str, env: DistEnv) -> None:
         log.warning("changed since the checkpoint: %s", line)
     try:
         training = build_run(job, env, folder, yaml, console)
-        if training.state.step >= job.steps:
+        if training.state.step >= job.steps and not owed(training):
             log.info("%s has done its %d steps: raise steps, or choose another name=", folder, training.state.step)
             return
         if env.is_main:
@@ -85,13 +99,16 @@ def _train(job: TrainJob, yaml: str, env: DistEnv) -> None:
         log.info("finished: %s", folder)
     except ConfigError:
         raise
-    except NonFiniteLossError as error:  # on every rank at once: rank 0 speaks for all
+    except (NonFiniteError, EvalError, CheckpointError) as error:  # on every rank at once: rank 0 speaks for all
         log.log(logging.ERROR if env.is_main else logging.WARNING, "%s", error)
         raise SystemExit(1) from error
     except DataError as error:
         log.error("%s", error)
         raise SystemExit(1) from error
-    except Exception:
+    except Exception as error:
+        if disk_is_full(error):
+            log.error("%s: the disk is full: make room, and the same command goes on from the last checkpoint", folder)
+            raise SystemExit(1) from error
         # into the log file of this rank too; the interpreter prints it
         log.exception("the run ended with an error")
         raise
@@ -111,7 +128,11 @@ def _changes_since_checkpoint(job: TrainJob, folder: Path, yaml: str) -> list[st
         return []
     if job.resume is Resume.never:
         raise ConfigError(f"resume=never, but {folder} holds {found.name}: choose another name=, or remove it")
-    return changes((found / "config.yaml").read_text(encoding="utf-8"), yaml)
+    try:
+        stored = (found / "config.yaml").read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{found} is not whole: {error}: remove it to go on from the one before it") from error
+    return changes(stored, yaml)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ class."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +52,10 @@ class ModelConfig:
             f"model.patch_dropout={self.patch_dropout}: expected a share in [0, 1)",
         )
         require(
+            self.layer_scale_init is None or math.isfinite(self.layer_scale_init),
+            f"model.layer_scale_init={self.layer_scale_init}: expected a finite number",
+        )
+        require(
             self.image_size is None or self.image_size > 0,
             f"model.image_size={self.image_size}: expected a positive number of pixels",
         )
@@ -89,8 +94,8 @@ class AugmentConfig:
         for name in ("scale", "ratio"):
             pair = getattr(self, name)
             require(
-                len(pair) == 2 and 0 < pair[0] <= pair[1],
-                f"data.augment.{name}={pair}: expected [smallest, largest], both positive",
+                len(pair) == 2 and 0 < pair[0] <= pair[1] < math.inf,
+                f"data.augment.{name}={pair}: expected [smallest, largest], both positive and finite",
             )
         require(self.scale[1] <= 1, f"data.augment.scale={self.scale}: a crop is at most the whole image, 1.0")
         require(
@@ -147,8 +152,8 @@ class BackendConfig:
     """torch.compile each block: auto compiles on CUDA only."""
     cuda_graph: Switch = Switch.off
     """Record forward and backward of the training step as a CUDA graph, so that launches cost nothing. `auto` does it
-    with one process on one GPU, for models all of whose blocks are clipq's, without gradient checkpointing. `off` is the
-    default until more runs have been trained this way."""
+    with one process on one GPU, for models all of whose blocks are clipq's, without gradient checkpointing. `off` is
+    the default until more runs have been trained this way."""
 
     def __post_init__(self) -> None:
         require(
@@ -177,12 +182,15 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         require(self.name == "adamw", f"optim.name={self.name!r}: expected one of adamw")
-        require(self.lr > 0, f"optim.lr={self.lr}: expected a positive learning rate")
+        require(0 < self.lr < math.inf, f"optim.lr={self.lr}: expected a positive, finite learning rate")
         for name in ("beta1", "beta2"):
             b = getattr(self, name)
             require(0 <= b < 1, f"optim.{name}={b}: expected a decay in [0, 1)")
-        require(self.eps > 0, f"optim.eps={self.eps}: expected a positive number")
-        require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay}: expected 0 or more")
+        require(0 < self.eps < math.inf, f"optim.eps={self.eps}: expected a positive, finite number")
+        require(
+            0 <= self.weight_decay < math.inf,
+            f"optim.weight_decay={self.weight_decay}: expected a finite number, 0 or more",
+        )
         require(
             self.clip_norm is None or self.clip_norm > 0,
             f"optim.clip_norm={self.clip_norm}: expected a positive norm, or null for no clipping",
@@ -226,8 +234,8 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         require(self.bucket_mb > 0, f"parallel.bucket_mb={self.bucket_mb}: expected a positive number")
         require(
-            self.timeout_minutes > 0,
-            f"parallel.timeout_minutes={self.timeout_minutes}: expected a positive number",
+            0 < self.timeout_minutes < math.inf,
+            f"parallel.timeout_minutes={self.timeout_minutes}: expected a positive, finite number",
         )
 
 

@@ -82,8 +82,8 @@ def run(kind: type[Job], config_name: str, function: Callable[[Job, str], None],
     def compose(cfg: DictConfig) -> None:
         try:
             jobs.append((to_job(cfg, kind), OmegaConf.to_yaml(cfg, resolve=True)))
-        except ConfigError as error:
-            _fail(str(error))
+        except (OmegaConfBaseException, ConfigError) as error:
+            _fail(_explain(error, kind))
 
     try:
         compose()
@@ -238,6 +238,9 @@ def _explain(error: BaseException, kind: type) -> str:
         return str(cause)
     if isinstance(cause, ValidationError) and key:
         return _wrong_value(_full_path(key, error), cause, kind)
+    match = re.match(r"\w+ raised while resolving interpolation: (.+)", str(cause))
+    if match:  # what a resolver says, between OmegaConf's own words
+        return match[1]
     match = re.search(r"Could not override '([^']+)'", str(error))
     if match:
         return _no_such_group(match[1])

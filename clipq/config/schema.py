@@ -6,6 +6,7 @@ setting, what was expected and how to mend it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from omegaconf import MISSING
@@ -68,7 +69,13 @@ class TrainJob:
         require(self.steps >= 1, f"steps={self.steps}: expected 1 or more")
         require(self.batch_size >= 2, f"batch_size={self.batch_size}: a contrast needs at least 2 pairs")
         require(self.seed >= 0, f"seed={self.seed}: expected 0 or more")
-        require(self.max_logit_scale >= 1, f"max_logit_scale={self.max_logit_scale}: expected 1 or more")
+        require(
+            1 <= self.max_logit_scale < math.inf, f"max_logit_scale={self.max_logit_scale}: expected a number from 1 on"
+        )
+        require(
+            self.log.profile is None or self.log.profile[1] <= self.steps,
+            f"log.profile={self.log.profile}: the run has steps={self.steps}: profile earlier ones, or raise steps",
+        )
         s = self.schedule
         require(
             s.warmup + s.cooldown <= self.steps,

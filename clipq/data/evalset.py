@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -112,6 +113,21 @@ class ImageFolder:
             return str(path), path.read_bytes(), label
         except OSError as error:  # no permission, a dangling link, a folder of such a name
             return str(path), b"", ValueError(str(error))
+
+
+def first_targets(source: Source, count: int = 100) -> list[Any]:
+    """Targets of the first samples of a source, without those at fault: enough to find a wrong setting early.
+
+    Raises:
+        ValueError: there are no samples, or all of the first are at fault.
+    """
+    found = [(name, target) for name, _, target in itertools.islice(source.share(0, 1), count)]
+    if not found:
+        raise ValueError("it holds no samples that could be read")
+    good = [target for _, target in found if not isinstance(target, ValueError)]
+    if not good:
+        raise ValueError(f"none of its first {len(found)} samples can be used; {found[0][0]}: {found[0][1]}")
+    return good
 
 
 @dataclass(frozen=True)

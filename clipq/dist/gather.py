@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -65,3 +67,19 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+@contextmanager
+def raised_on_every_rank(kind: type[Exception]) -> Iterator[None]:
+    """An error of this kind within, on any rank, is raised on all of them: one alone would leave the others waiting.
+
+    Collective: every rank must enter it; `kind` is made from a message.
+    """
+    fault: Exception | None = None
+    try:
+        yield
+    except kind as error:
+        fault = error
+    message = next((m for m in gather_objects(None if fault is None else str(fault)) if m is not None), None)
+    if message is not None:
+        raise kind(message) from fault

@@ -109,12 +109,26 @@ class EvalResult:
         part.replace(folder / f"{self.task}.json")
 
 
+class EvalError(ValueError):
+    """A task cannot be evaluated on its data; the message says which and why."""
+
+
 class Evaluator(Protocol):
-    """One evaluation task. `run` is called on every rank and returns the same metrics on every rank."""
+    """One evaluation task."""
 
     task: str
 
-    def run(self, encoder: Encoder) -> EvalResult: ...
+    def check(self) -> None:
+        """Looks at the first samples, so that a wrong setting is found before a model is built.
+
+        Raises:
+            EvalError: `run` could not use them.
+        """
+        ...
+
+    def run(self, encoder: Encoder) -> EvalResult:
+        """Called on every rank; returns the same metrics, or raises the same EvalError, on every rank."""
+        ...
 
 
 class ExampleKeeper:

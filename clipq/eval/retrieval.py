@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clipq.data.evalset import FAULTS, Source
+from clipq.data.evalset import FAULTS, Source, first_targets
 from clipq.dist.gather import gather_objects, gather_rows
-from clipq.eval.common import Encoder, EvalResult, ExampleKeeper
+from clipq.eval.common import Encoder, EvalError, EvalResult, ExampleKeeper
 
 AT = (1, 5, 10)
 
@@ -55,11 +55,21 @@ class Retrieval:
     source: Source
     examples: int = 0
 
+    def check(self) -> None:
+        """See `Evaluator.check`."""
+        try:
+            first_targets(self.source)
+        except ValueError as error:
+            where = f"eval.tasks.{self.task}"
+            raise EvalError(
+                f"evaluation {self.task}: {error}. Check {where}.caption.field, {where}.image and {where}.shards"
+            ) from error
+
     def run(self, encoder: Encoder) -> EvalResult:
         """Metrics: image_to_text_r1/5/10 and text_to_image_r1/5/10 in [0, 1]; images, texts, failed, broken_shards.
 
         Raises:
-            ValueError: no image at all.
+            EvalError: no image at all.
         """
         env = encoder.env
         with encoder.evaluating():
@@ -79,7 +89,7 @@ class Retrieval:
                     count += 1
             counts = gather_objects((count, faults))
             if sum(c for c, _ in counts) == 0:
-                raise ValueError(f"evaluation {self.task}: no image could be read")
+                raise EvalError(f"evaluation {self.task}: no image could be read (see the warnings before)")
             width = encoder.texts(["a"]).shape[1]  # for a rank that has no image of its own
             empty = torch.empty(0, width, device=env.device)
             mine = sum(c for c, _ in counts[: env.rank])

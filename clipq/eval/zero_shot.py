@@ -10,9 +10,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipq.data.evalset import FAULTS, Source
+from clipq.data.evalset import FAULTS, Source, first_targets
 from clipq.dist.gather import gather_objects, gather_rows
-from clipq.eval.common import Encoder, EvalResult, ExampleKeeper
+from clipq.eval.common import Encoder, EvalError, EvalResult, ExampleKeeper
 from clipq.eval.prompts import prompts
 
 
@@ -49,11 +49,24 @@ class ZeroShot:
     """Name -> class numbers; images of these classes are scored against all classes."""
     examples: int = 0
 
+    def check(self) -> None:
+        """See `Evaluator.check`."""
+        try:
+            targets = first_targets(self.source)
+        except ValueError as error:
+            where = f"eval.tasks.{self.task}"
+            raise EvalError(
+                f"evaluation {self.task}: {error}. Check {where}.image and {where}.shards (or {where}.folder)"
+            ) from error
+        strange = next((c for c in targets if not 0 <= c < len(self.classnames)), None)
+        if strange is not None:
+            raise self._strange(strange)
+
     def run(self, encoder: Encoder) -> EvalResult:
         """Metrics: top1, top5, mean_per_class, `<subset>_top1`, all in [0, 1]; chance, images, failed, broken_shards.
 
         Raises:
-            ValueError: a class number outside the class names, or no image at all.
+            EvalError: a class number outside the class names, or no image at all.
         """
         with encoder.evaluating():
             weights_CD = build_classifier(encoder, self.classnames, self.templates)
@@ -81,21 +94,24 @@ class ZeroShot:
             # Raised on every rank, where one alone would leave the others waiting.
             everyone = gather_objects((faults, strange))
             if any(label is not None for _, label in everyone):
-                label = next(label for _, label in everyone if label is not None)
-                raise ValueError(
-                    f"evaluation {self.task}: an image has class {label}, but the {n} class names are of classes 0 to "
-                    f"{n - 1}; are they of another data set?"
-                )
+                raise self._strange(next(label for _, label in everyone if label is not None))
             if encoder.env.is_distributed:
                 dist.all_reduce(counts)
         metrics = self._metrics(counts.cpu(), {name: sum(f[name] for f, _ in everyone) for name in FAULTS})
         return EvalResult(self.task, "zero_shot", metrics, self._examples(keeper))
 
+    def _strange(self, label: int) -> EvalError:
+        n = len(self.classnames)
+        return EvalError(
+            f"evaluation {self.task}: an image has class {label}, but the {n} class names are of classes 0 to {n - 1}: "
+            f"name the list of this data set in eval.tasks.{self.task}.classnames"
+        )
+
     def _metrics(self, counts: Tensor, faults: dict[str, int]) -> dict[str, float]:
         images, top1, top5 = counts.double()
         total = images.sum().item()
         if total == 0:
-            raise ValueError(f"evaluation {self.task}: no image could be read")
+            raise EvalError(f"evaluation {self.task}: no image could be read (see the warnings before)")
         occurs = images > 0
         metrics = {
             "top1": top1.sum().item() / total,
@@ -110,7 +126,7 @@ class ZeroShot:
         for name, classes in self.subsets.items():
             of_subset = images[classes].sum().item()
             if of_subset == 0:
-                raise ValueError(f"evaluation {self.task}: no image belongs to a class of subset {name}")
+                raise EvalError(f"evaluation {self.task}: no image belongs to a class of subset {name}")
             metrics[f"{name}_top1"] = top1[classes].sum().item() / of_subset
         return metrics
 

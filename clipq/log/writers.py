@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+from clipq.config.groups import require
 
 Row = dict[str, Any]
 """One metrics row: `kind` is train, eval or resume; always a `step`."""
@@ -41,14 +44,7 @@ class JsonlWriter:
         self._file = path.open("a", encoding="utf-8")
 
     def _cut(self, step: int) -> None:
-        kept = []
-        for line in self._path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue  # a line that a kill cut short
-            if row["step"] <= step:
-                kept.append(line)
+        kept = [line for line, row in _lines(self._path) if row["step"] <= step]
         part = self._path.with_suffix(".part")
         part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         part.replace(self._path)
@@ -59,6 +55,22 @@ class JsonlWriter:
 
     def close(self) -> None:
         self._file.close()
+
+
+def evaluated(path: Path, step: int) -> set[str]:
+    """Tasks of which a metrics.jsonl holds the evaluation after this step."""
+    if not path.exists():
+        return set()
+    return {row["task"] for _, row in _lines(path) if row["kind"] == "eval" and row["step"] == step}
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Row]]:
+    """The lines of a metrics.jsonl, each as it is and read."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield line, json.loads(line)
+        except ValueError:
+            continue  # a line that a kill cut short
 
 
 def _finite(value: Any) -> Any:
@@ -85,6 +97,25 @@ class TensorBoardWriter:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def check_wandb_login() -> None:
+    """Finds a missing key before anything is built; nothing is asked of the network.
+
+    Raises:
+        ConfigError: there is none in the environment, in wandb's settings or in .netrc.
+    """
+    import wandb
+
+    if "prompt" in inspect.signature(wandb.login).parameters:
+        found = wandb.login(prompt=False, verify=False)
+    else:
+        found = wandb.api.api_key is not None
+    require(
+        found,
+        "log.wandb=online: no API key of Weights & Biases was found: run `wandb login`, set WANDB_API_KEY, or choose "
+        "log.wandb=offline",
+    )
 
 
 class WandbWriter:

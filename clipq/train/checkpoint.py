@@ -8,6 +8,7 @@ process is killed.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -17,14 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from clipq.dist.env import DistEnv
-from clipq.model.weights import CONFIG_FILE, load_openclip, read_weights, save_weights
+from clipq.dist.gather import raised_on_every_rank
+from clipq.model.weights import CONFIG_FILE, WeightsError, load_openclip, read_weights, save_weights
 from clipq.train.state import TrainState
 
 log = logging.getLogger(__name__)
 
 NAME = re.compile(r"step_(\d{8})")
+
+
+class CheckpointError(OSError):
+    """A checkpoint cannot be written; those before it are untouched."""
 
 
 def newest(folder: Path) -> Path | None:
@@ -68,6 +75,9 @@ class Checkpoints:
             for leftover in folder.glob(".part_*"):
                 shutil.rmtree(leftover)
 
+    def newest(self) -> Path | None:
+        return newest(self.folder)
+
     def due(self, step: int, *, ask_clock: bool) -> bool:
         """Whether to save after this step. Collective where `ask_clock`: all ranks follow rank 0's clock."""
         if self._every and step % self._every == 0:
@@ -84,12 +94,12 @@ class Checkpoints:
                 the configuration.
 
         Raises:
-            OSError: the checkpoint could not be written; those before it are untouched.
+            CheckpointError: the checkpoint could not be written; those before it are untouched.
         """
         saved = {**state.state_dict(), "loader": loader}
-        if self._env.is_main:
-            self._write(state, saved)
-        self._env.barrier()
+        with raised_on_every_rank(CheckpointError):
+            if self._env.is_main:
+                self._write(state, saved)
         self._saved_at = time.monotonic()
 
     def _write(self, state: TrainState, saved: dict[str, Any]) -> None:
@@ -108,9 +118,11 @@ class Checkpoints:
                 shutil.rmtree(final)
             part.rename(final)
             _flush_folder(self.folder)
-        except OSError as error:
+        except (OSError, SafetensorError, RuntimeError) as error:  # safetensors and torch.save have errors of their own
+            why = "the disk is full: make room, or lower checkpoint.keep_last" if disk_is_full(error) else str(error)
+            raise CheckpointError(f"cannot write checkpoint {final}: {why}") from error
+        finally:
             shutil.rmtree(part, ignore_errors=True)
-            raise OSError(f"cannot write checkpoint {final}: {error}; is the disk full?") from error
         log.info("saved %s", final)
         self._remove_old()
 
@@ -121,6 +133,17 @@ class Checkpoints:
                 shutil.rmtree(path)
 
 
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, says that the disk or its quota is full."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(error):  # as libraries without an errno say it
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def load(path: Path, state: TrainState, env: DistEnv) -> dict[str, int]:
     """Takes a checkpoint into the state and returns what `save` was told of the loader.
 
@@ -129,13 +152,22 @@ def load(path: Path, state: TrainState, env: DistEnv) -> dict[str, int]:
     Raises:
         ValueError: a file of the checkpoint is missing or damaged.
     """
-    load_openclip(state.model, read_weights(path))
+    instead = f"remove {path} to go on from the checkpoint before it, or from the start where there is none"
+    try:
+        weights = read_weights(path)
+    except WeightsError as error:
+        raise ValueError(f"{error}; {instead}") from error
+    load_openclip(state.model, weights)
     try:
         saved = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged archive
-        raise ValueError(f"{path / 'state.pt'} cannot be read: {error}; remove {path} to use the one before") from error
-    state.load_state_dict(saved, rank=env.rank, world_size=env.world_size)
-    return saved["loader"]
+        raise ValueError(f"{path / 'state.pt'} cannot be read: {error}; {instead}") from error
+    try:
+        state.load_state_dict(saved, rank=env.rank, world_size=env.world_size)
+        return saved["loader"]
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path / 'state.pt'} is not the state of this run ({what}); {instead}") from error
 
 
 def _flush_folder(folder: Path) -> None:

@@ -18,10 +18,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from clipq.dist.env import DistEnv
+from clipq.dist.gather import gather_objects
 from clipq.eval.common import Encoder, Evaluator
 from clipq.log.console import Console
 from clipq.log.meters import Meter
-from clipq.log.writers import Row, Writer
+from clipq.log.writers import Row, Writer, evaluated
 from clipq.loss.contrastive import contrastive_loss
 from clipq.train.checkpoint import Checkpoints
 from clipq.train.graph import Graphed
@@ -85,8 +86,8 @@ class Run:
         }
 
 
-class NonFiniteLossError(RuntimeError):
-    """The loss is NaN or infinite; nothing was saved since."""
+class NonFiniteError(RuntimeError):
+    """The loss or a weight is NaN or infinite; nothing was saved since."""
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -98,7 +99,9 @@ def train(run: Run) -> None:
     """Trains from the state's step to the last.
 
     Raises:
-        NonFiniteLossError: the loss went bad; the newest checkpoint is from before that.
+        NonFiniteError: the loss or the weights went bad; no such weights were saved.
+        CheckpointError: a checkpoint could not be written.
+        EvalError: an evaluator cannot use its data; the same command evaluates again.
     """
     state = run.state
     first = state.step + 1
@@ -109,6 +112,10 @@ def train(run: Run) -> None:
         world_size=run.env.world_size,
     )
     batches = run.loader(state.step)
+    late = owed(run)
+    if late:
+        with meter.paused():
+            evaluate(run, late)
     run.model.train()
     with _profiler(run) as profiler:
         for step in range(first, run.steps + 1):
@@ -133,12 +140,13 @@ def train(run: Run) -> None:
             # Numbers are read (and so checked) before anything is built on the weights that gave them.
             if logging_now or evaluating or saving:
                 flush(run, meter, show=logging_now)
-            if evaluating:
-                with meter.paused():
-                    evaluate(run)
             if saving:
                 with meter.paused():
+                    require_finite_weights(run)
                     run.checkpoints.save(state, loader=run.loader_info)
+            if evaluating:  # after the save, so that a fault in an evaluation costs no training
+                with meter.paused():
+                    evaluate(run, run.evaluators)
             if profiler is not None:
                 profiler.step()
 
@@ -197,15 +205,40 @@ def flush(run: Run, meter: Meter, *, show: bool) -> None:
         run.console.progress(rows[-1], steps=run.steps, seconds_per_step=run.batch_size / images_per_second)
     bad = next((row for row in rows if not math.isfinite(row["loss"])), None)
     if bad is not None:
-        raise NonFiniteLossError(
-            f"the loss is {bad['loss']} at step {bad['step']}: lower optim.lr, lengthen schedule.warmup or set "
-            f"optim.clip_norm; the newest checkpoint in {run.checkpoints.folder} is from before"
-        )
+        raise _gone_bad(run, f"the loss is {bad['loss']} at step {bad['step']}")
 
 
-def evaluate(run: Run) -> None:
-    """Runs every evaluator on every rank, writes what they found, and shows it."""
-    for evaluator in run.evaluators:
+def require_finite_weights(run: Run) -> None:
+    """Checks what is about to be saved: the loss of a step says nothing of the update that follows. Collective.
+
+    Raises:
+        NonFiniteError: on every rank, if a weight of any of them is NaN or infinite.
+    """
+    finite = torch.stack([p.isfinite().all() for p in run.state.model.parameters()]).all().int()
+    if run.env.is_distributed:
+        dist.all_reduce(finite, dist.ReduceOp.MIN)
+    if not finite.item():
+        raise _gone_bad(run, f"the weights are not finite after step {run.state.step}, which is not saved")
+
+
+def _gone_bad(run: Run, what: str) -> NonFiniteError:
+    path = run.checkpoints.newest()
+    kept = f"the newest checkpoint, {path}, has finite weights" if path else "there is no checkpoint yet"
+    return NonFiniteError(f"{what}: lower optim.lr, lengthen schedule.warmup or set optim.clip_norm; {kept}")
+
+
+def owed(run: Run) -> list[Evaluator]:
+    """Evaluators due at the state's step that did not finish after it was saved. Collective."""
+    step = run.state.step
+    if step == 0 or not due(step, run.eval_every, run.steps):
+        return []
+    done = gather_objects(evaluated(run.folder / "metrics.jsonl", step) if run.env.is_main else None)[0]
+    return [e for e in run.evaluators if e.task not in done]
+
+
+def evaluate(run: Run, evaluators: Sequence[Evaluator]) -> None:
+    """Runs evaluators on every rank, writes what they found, and shows it."""
+    for evaluator in evaluators:
         result = evaluator.run(run.encoder)
         if run.env.is_main:
             result.write_examples(run.folder / "examples", run.state.step)
@@ -230,7 +263,10 @@ def _profiler(run: Run) -> AbstractContextManager[Any]:
     """torch's profiler over the steps asked for; its trace opens in Perfetto or TensorBoard."""
     if run.profile is None:
         return nullcontext()
-    before = max(0, run.profile[0] - run.state.step - 1)
+    if run.state.step >= run.profile[0]:
+        log.info("log.profile=%s: no profile, the run goes on after step %d", list(run.profile), run.state.step)
+        return nullcontext()
+    before = run.profile[0] - run.state.step - 1
     warmup = min(1, before)  # the profiler's own start-up then falls outside of what is recorded
     active = run.profile[1] - run.profile[0] + 1
     activities = [torch.profiler.ProfilerActivity.CPU]

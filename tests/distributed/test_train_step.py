@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from clipq.build import build_run
@@ -12,7 +13,7 @@ from clipq.config.hydra import register, to_job
 from clipq.config.schema import TrainJob
 from clipq.dist.env import distributed
 from clipq.log.console import Console
-from clipq.train.loop import Run, train_step
+from clipq.train.loop import NonFiniteError, Run, require_finite_weights, train_step
 from tests.helpers import TINY_ARCH, colour_shards, run_distributed, tiny_arch
 
 STEPS = 4
@@ -71,7 +72,13 @@ def train_on(run: Run) -> dict[str, Any]:
 def rank_of_two(folder: str) -> None:
     with distributed("cpu") as env:
         run = build_run(job_in(Path(folder)), env, Path(folder) / "run", "", Console(enabled=False))
-        torch.save(train_on(run), f"{folder}/{env.rank}.pt")
+        drawn = torch.rand(8)
+        torch.save({"drawn": drawn, **train_on(run)}, f"{folder}/{env.rank}.pt")
+        require_finite_weights(run)
+        if env.rank == 1:
+            run.state.model.get_parameter("visual.proj").data[0, 0] = float("nan")
+        with pytest.raises(NonFiniteError):  # on both ranks, or one would wait for the other
+            require_finite_weights(run)
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
@@ -79,6 +86,10 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     tiny_arch(tmp_path)
     run_distributed(rank_of_two, 2, str(tmp_path))
     ranks = [torch.load(tmp_path / f"{r}.pt") for r in range(2)]
+    for rank, found in enumerate(ranks):  # what dropout draws from: the seed's own on each rank, never the same
+        torch.manual_seed(job_in(tmp_path).seed + rank)
+        assert torch.equal(found["drawn"], torch.rand(8))
+    assert not torch.equal(ranks[0]["drawn"], ranks[1]["drawn"])
     with distributed("cpu") as env:
         run = build_run(job_in(tmp_path), env, tmp_path / "run1", "", Console(enabled=False))
         start = {n: p.detach().clone() for n, p in run.state.model.named_parameters()}

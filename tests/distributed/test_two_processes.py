@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from clipq.build import reported_as_config_error
 from clipq.config.groups import ConfigError
 from clipq.dist.env import distributed
-from clipq.dist.gather import all_gather_with_grad, gather_objects, gather_rows
+from clipq.dist.gather import all_gather_with_grad, gather_objects, gather_rows, raised_on_every_rank
 from clipq.loss.contrastive import contrastive_loss
 from tests.helpers import run_distributed
 
@@ -59,6 +59,11 @@ def test_one_process_equals_the_plain_loss() -> None:
     torch.testing.assert_close(ours, plain_loss(image, text, log_scale))
 
 
+def refuse(condition: bool) -> None:
+    if condition:
+        raise ValueError("of rank 1")
+
+
 def collectives() -> None:
     with distributed("cpu") as env:
         r = env.rank
@@ -68,6 +73,10 @@ def collectives() -> None:
         assert gather_objects({"rank": r}) == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
         assert env.broadcast_flag(r == 0) is True
         assert env.broadcast_flag(r != 0) is False
+        with pytest.raises(ValueError, match="of rank 1"), raised_on_every_rank(ValueError):
+            refuse(r == 1)
+        with raised_on_every_rank(ValueError):
+            refuse(False)
         x = torch.tensor([float(r)], requires_grad=True)
         everyone = all_gather_with_grad(x)
         (everyone.squeeze(1) * torch.tensor([1.0, 10.0, 100.0]) * (r + 1)).sum().backward()

@@ -10,7 +10,15 @@ import pytest
 import clipq.build
 from clipq.cli import eval as eval_command
 from clipq.cli import train as train_command
+from clipq.model.clip import create_model
+from clipq.model.weights import save_weights
 from tests.helpers import colour_samples, colour_shards, command, command_on_two_ranks, tiny_arch, write_shard
+
+
+def zero_shot(shards: str, classnames: str) -> list[str]:
+    task = "eval.tasks.zero_shot"
+    return ["eval=zero_shot", f"{task}.shards={shards}", f"{task}.classnames={classnames}"]
+
 
 MISTAKES = {
     "unknown setting": (["optim.lrr=1"], ["optim.lrr: no such setting", "Did you mean optim.lr?", "weight_decay"]),
@@ -44,6 +52,10 @@ MISTAKES = {
         ["backend.fp8_grad", "backend.recipe=switchback", "switchback_fp8"],
     ),
     "CUDA graph on a CPU": (["backend.cuda_graph=on", "device=cpu"], ["backend.cuda_graph=on needs a CUDA GPU"]),
+    "infinite learning rate": (["optim.lr=inf"], ["optim.lr=inf", "finite"]),
+    "no number": (["optim.weight_decay=nan"], ["optim.weight_decay=nan", "finite"]),
+    "infinite logit scale": (["max_logit_scale=inf"], ["max_logit_scale=inf"]),
+    "profile after the end": (["steps=10", "log.profile=[8,11]"], ["log.profile=[8, 11]", "steps=10"]),
     "fp16 on a CPU": (["backend=fp16", "device=cpu"], ["backend=fp16 needs a CUDA GPU", "backend=bf16"]),
     "name with a slash": (["name=a/b"], ["name='a/b'", "runs="]),
     "unknown model": (["model.name=ViT-B-23"], ["ViT-B-23", "ViT-B-32"]),
@@ -66,6 +78,22 @@ MISTAKES = {
         ],
         ["openclip:imagnet", "openclip:imagenet"],
     ),
+    "labels of another data set": (
+        zero_shot("data/*.tar", "data/three.txt"),
+        ["an image has class 3, but the 3 class names", "eval.tasks.zero_shot.classnames"],
+    ),
+    "evaluation without labels": (
+        zero_shot("bare/0.tar", "data/classnames.txt"),
+        ["no cls member", "eval.tasks.zero_shot.shards"],
+    ),
+    "retrieval by a field that is not there": (
+        ["eval=retrieval", "eval.tasks.retrieval.shards=data/*.tar", "eval.tasks.retrieval.caption.field=json.nope"],
+        ["json field 'nope' is not text; the record has: captions, n", "eval.tasks.retrieval.caption.field"],
+    ),
+    "retrieval without captions": (
+        ["eval=retrieval", "eval.tasks.retrieval.shards=bare/0.tar"],
+        ["no txt member", "eval.tasks.retrieval.caption.field"],
+    ),
 }
 
 
@@ -73,6 +101,8 @@ MISTAKES = {
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     colour_shards(folder / "data", [12, 12])
+    (folder / "data" / "three.txt").write_text("a\nb\nc\n")
+    write_shard(folder / "bare" / "0.tar", [{"png": s["png"]} for s in colour_samples(5)])
     tiny_arch(folder)
     return folder
 
@@ -128,6 +158,10 @@ def test_batch_not_divisible(world: Path, monkeypatch: pytest.MonkeyPatch, capsy
         (["checkpoint=x"], ["eval has no tasks", "eval=tiny_imagenet"]),
         (["checkpoint=tiny.json", "eval=imagenet", "eval.root=/data"], ["tiny.json"]),
         (["checkpoint=x", "eval=imagenette", "eval.root=/data"], ["eval=imagenette: no such option", "imagenet"]),
+        (
+            ["checkpoint=x", "model=vit_b_32", *zero_shot("data/*.tar", "data/three.txt")],
+            ["an image has class 3, but the 3 class names", "eval.tasks.zero_shot.classnames"],
+        ),
     ],
 )
 def test_evaluation_mistakes(
@@ -158,6 +192,19 @@ def test_built_in_set_is_rendered_after_the_checks(
     shown = command("train", "experiment=demo", "--cfg", "job", "--resolve", cwd=tmp_path)
     assert f"root: {tmp_path}/file/cache/shapes-" in shown.stdout
     assert "rendering" not in shown.stderr
+
+
+def test_label_beyond_the_first_samples_is_one_message(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(world)
+    save_weights(create_model("tiny.json").model, "weights.safetensors")
+    samples = [s | {"cls": "0" if n < 100 else "7"} for n, s in enumerate(colour_samples(101))]
+    write_shard(world / "late" / "0.tar", samples)
+    arguments = ["checkpoint=weights.safetensors", "model=vit_b_32", "model.name=tiny.json", "backend=fp32"]
+    arguments += zero_shot("late/0.tar", "data/classnames.txt")
+    message = fails(eval_command.main, arguments, monkeypatch, capsys)
+    assert "an image has class 7, but the 4 class names" in message
 
 
 @pytest.mark.parametrize(("good_shards", "code"), [(0, 2), (1, 1)], ids=["before the model", "while training"])

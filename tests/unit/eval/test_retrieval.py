@@ -13,8 +13,9 @@ from hypothesis.extra.numpy import arrays
 
 from clipq.data.decode import Captions
 from clipq.data.evalset import CaptionedShards
+from clipq.eval.common import EvalError
 from clipq.eval.retrieval import Retrieval, recalls
-from tests.helpers import write_shard
+from tests.helpers import colour_shards, write_shard
 from tests.unit.eval.fakes import fake_encoder, labelled, noise, picture_features, unit, word_features
 
 
@@ -120,5 +121,12 @@ def test_faults(tmp_path: Path) -> None:
     source = CaptionedShards([str(tmp_path / "x.tar"), str(cut)], Captions("txt"))
     assert Retrieval("t", source).run(fake_encoder()).metrics["broken_shards"] == 1
     source = CaptionedShards([str(write_shard(tmp_path / "x.tar", samples[1:3]))], Captions("txt"))
-    with pytest.raises(ValueError, match="evaluation t: no image could be read"):
+    with pytest.raises(EvalError, match="evaluation t: no image could be read"):
         Retrieval("t", source).run(fake_encoder())
+
+
+def test_check_finds_a_wrong_caption_field(tmp_path: Path) -> None:
+    shards = colour_shards(tmp_path, [4])
+    Retrieval("t", CaptionedShards(shards, Captions("json.captions"))).check()
+    with pytest.raises(EvalError, match=r"evaluation t: .*'nope' is not text.*eval\.tasks\.t\.caption\.field"):
+        Retrieval("t", CaptionedShards(shards, Captions("json.nope"))).check()

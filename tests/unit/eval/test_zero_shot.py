@@ -13,7 +13,7 @@ from open_clip.zero_shot_classifier import build_zero_shot_classifier
 from PIL import Image
 
 from clipq.data.evalset import LabelledShards
-from clipq.eval.common import Encoder
+from clipq.eval.common import Encoder, EvalError
 from clipq.eval.prompts import prompts, read_templates
 from clipq.eval.zero_shot import ZeroShot, build_classifier
 from clipq.model.clip import create_model
@@ -89,9 +89,26 @@ def test_few_classes_have_no_top5(tmp_path: Path, count: int) -> None:
 def test_label_of_another_data_set(tmp_path: Path, label: int) -> None:
     task = ZeroShot("birds", LabelledShards(labelled(tmp_path, [[0, 1, label, 2]])), CLASSES, TEMPLATES)
     encoder = fake_encoder()
-    with pytest.raises(ValueError, match=f"evaluation birds: an image has class {label}, but the 9 class names are of"):
+    says = f"evaluation birds: an image has class {label}, but the 9 class names are of .*eval.tasks.birds.classnames"
+    with pytest.raises(EvalError, match=says):
         task.run(encoder)
     assert encoder.model.training
+    with pytest.raises(EvalError, match=says):
+        task.check()
+
+
+def test_check_asks_for_one_good_sample_among_the_first(tmp_path: Path) -> None:
+    faulty: list[dict[str, bytes | str]] = [{"png": noise(n)} for n in range(99)]
+    good: dict[str, bytes | str] = {"png": noise(99), "cls": "8"}
+    for samples, fits in (([*faulty, good], True), ([*faulty, {"png": noise(1)}, good], False), ([], False)):
+        shard = str(write_shard(tmp_path / "x.tar", samples))
+        task = ZeroShot("t", LabelledShards([shard]), CLASSES, TEMPLATES)
+        if fits:
+            task.check()
+            continue
+        says = "none of its first 100 samples.*no cls member" if samples else "no samples"
+        with pytest.raises(EvalError, match=rf"evaluation t: .*{says}.*eval\.tasks\.t\.shards"):
+            task.check()
 
 
 def test_failed_images_are_counted(tmp_path: Path) -> None:

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from torch import nn
 
 from clipq.dist.env import DistEnv
 from clipq.model.clip import create_model
-from clipq.train.checkpoint import Checkpoints, load, newest
+from clipq.train.checkpoint import CheckpointError, Checkpoints, load, newest
 from clipq.train.state import TrainState
 
 ENV = DistEnv(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"))
@@ -74,20 +77,74 @@ def test_due() -> None:
     assert not by_clock.due(5, ask_clock=False)
 
 
-def test_failed_write_leaves_what_was_there(arch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+FAULTS = {
+    "full, from Python": ("torch.save", OSError(28, "No space left on device"), "the disk is full: make room"),
+    "over the quota": ("torch.save", OSError(122, "Disk quota exceeded"), "the disk is full: make room"),
+    "full, from safetensors": (
+        "clipq.model.weights.save_file",
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+        "the disk is full: make room",
+    ),
+    "torch's writer": ("torch.save", RuntimeError("[enforce fail at inline_container.cc:858]"), "inline_container"),
+    "no permission": ("clipq.model.weights.save_file", SafetensorError("Permission denied"), "Permission denied"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_failed_write_leaves_what_was_there(
+    name: str, arch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function, fault, says = FAULTS[name]
     state = new_state(arch, seed=0)
     saver = checkpoints(tmp_path / "c")
     state.step = 1
     saver.save(state, loader=LOADER)
 
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
+    def fails(*_: object, **__: object) -> None:
+        raise fault
 
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(function, fails)
     state.step = 2
-    with pytest.raises(OSError, match=r"step_00000002.*No space left.*is the disk full"):
+    with pytest.raises(CheckpointError, match=rf"cannot write checkpoint .*step_00000002: .*{says}") as raised:
         saver.save(state, loader=LOADER)
+    assert ("the disk is full" in str(raised.value)) == says.startswith("the disk is full")
     assert [p.name for p in (tmp_path / "c").iterdir()] == ["step_00000001"]
+
+
+@pytest.mark.parametrize("layers", [3, 5, 8])
+def test_full_disk(layers: int, small_disk: Path) -> None:
+    """It fills up while the weights are written, or while the state of the optimizer is, which is twice as large."""
+    model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(layers)))  # 256 KiB each
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(2, 256)).sum().backward()
+    optimizer.step()
+    state = TrainState(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), step=1)
+    saver = checkpoints(small_disk / "c")
+    free = shutil.disk_usage(small_disk).free
+    with pytest.raises(CheckpointError, match=r"step_00000001: the disk is full"):
+        saver.save(state, loader=LOADER)
+    assert list((small_disk / "c").iterdir()) == []
+    assert shutil.disk_usage(small_disk).free == free
+
+
+@pytest.mark.parametrize("name", ["state.pt", "model.safetensors"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "other content"])
+def test_damaged_checkpoint(name: str, damage: str, arch: Path, tmp_path: Path) -> None:
+    state = new_state(arch, seed=0)
+    checkpoints(tmp_path / "c").save(state, loader=LOADER)
+    found = newest(tmp_path / "c")
+    assert found is not None
+    file = found / name
+    content = file.read_bytes()
+    file.unlink()
+    if damage == "other content":
+        torch.save({"step": 1}, file)
+    elif damage != "missing":
+        file.write_bytes(content[: 0 if damage == "empty" else len(content) // 2])
+    with pytest.raises(
+        ValueError, match=rf"{name if file.exists() else ''}.*remove {found} to go on from the checkpoint"
+    ):
+        load(found, new_state(arch, seed=1), ENV)
 
 
 class Evil:

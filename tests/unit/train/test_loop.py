@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import math
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,8 +14,9 @@ from clipq.build import build_run, build_writers
 from clipq.config.hydra import configs_dir, register, to_job
 from clipq.config.schema import TrainJob
 from clipq.dist.env import distributed
+from clipq.eval.common import Encoder, EvalError, EvalResult
 from clipq.log.console import Console
-from clipq.train.loop import NonFiniteLossError, Normalize, Run, due, train
+from clipq.train.loop import NonFiniteError, Normalize, Run, due, owed, train
 from tests.helpers import read_metrics
 
 
@@ -29,7 +33,7 @@ def run_of(arch: Path, shards: list[str], *overrides: str) -> Run:
     job = to_job(cfg, TrainJob)
     with distributed("cpu") as env:
         run = build_run(job, env, Path("run"), "", Console(enabled=False))
-        run.writers = build_writers(job, Path("run"), env, step=0, config={})
+        run.writers = build_writers(job, Path("run"), env, step=run.state.step, config={})
         return run
 
 
@@ -83,11 +87,104 @@ def test_non_finite_loss_stops_before_it_is_saved(arch: Path, shards: list[str])
     poison = run.state.optimizer.register_step_post_hook(
         lambda *_: run.state.model.logit_scale.data.fill_(float("nan")) if run.state.step == 2 else None  # pyright: ignore
     )
-    with pytest.raises(NonFiniteLossError, match="the loss is nan at step 4"):
+    with pytest.raises(NonFiniteError, match="the loss is nan at step 4"):
         train(run)
     poison.remove()
     assert [p.name for p in Path("run/checkpoints").iterdir()] == ["step_00000002"]
     assert read_metrics(Path("run"))[-1]["loss"] is None, "JSON has no NaN"
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["after a save", "before any"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_of_an_exploded_update_are_not_saved(bad: float, before: bool, arch: Path, shards: list[str]) -> None:
+    """The loss of the step whose update explodes is still good."""
+    run = run_of(arch, shards, f"checkpoint.every={2 if before else 4}")
+    weight = run.state.model.get_parameter("visual.proj")
+    run.state.optimizer.register_step_post_hook(
+        lambda *_: weight.data[0, 0].fill_(bad) if run.state.step == 3 else None  # of the step that follows
+    )
+    says = (
+        "the newest checkpoint, run/checkpoints/step_00000002, has finite" if before else "there is no checkpoint yet"
+    )
+    with pytest.raises(NonFiniteError, match=f"weights are not finite after step 4, .*lower optim.lr.*; {says}"):
+        train(run)
+    assert [p.name for p in Path("run/checkpoints").iterdir()] == ["step_00000002"] * before
+    assert all(math.isfinite(row["loss"]) for row in read_metrics(Path("run")))
+
+
+def test_model_trains_whatever_mode_it_comes_in(arch: Path, shards: list[str]) -> None:
+    run = run_of(arch, shards, "steps=2")
+    run.model.eval()
+    modes = []
+    run.model.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    train(run)
+    assert modes == [True, True]
+
+
+def test_logit_scale_is_at_least_one(arch: Path, shards: list[str]) -> None:
+    run = run_of(arch, shards, "steps=3")
+    run.state.model.get_parameter("logit_scale").data.fill_(-3.0)
+    train(run)
+    scales = [row["logit_scale"] for row in read_metrics(Path("run"))]
+    assert scales[0] == pytest.approx(math.exp(-3))
+    assert scales[1] == pytest.approx(1.0)
+
+
+@dataclass
+class Slow:
+    """An evaluator that takes its time, and fails as long as it is told to."""
+
+    seconds: float = 0.0
+    fault: str | None = None
+    task: str = "slow"
+    ran: int = 0
+
+    def check(self) -> None: ...
+
+    def run(self, encoder: Encoder) -> EvalResult:
+        time.sleep(self.seconds)
+        self.ran += 1
+        if self.fault:
+            raise EvalError(self.fault)
+        return EvalResult(self.task, "zero_shot", {"top1": 0.5})
+
+
+def test_evaluation_is_no_training_time(arch: Path, shards: list[str]) -> None:
+    run = run_of(arch, shards, "eval.every=2")
+    slow = Slow(seconds=0.3)
+    run.evaluators = [slow]
+    start = time.perf_counter()
+    train(run)
+    elapsed = time.perf_counter() - start
+    assert slow.ran == 3
+    assert 0 < read_metrics(Path("run"))[-1]["seconds"] <= elapsed - 3 * slow.seconds
+
+
+def test_failed_evaluation_costs_no_training(arch: Path, shards: list[str]) -> None:
+    """The last checkpoint lies there, and the same command evaluates it, the tasks that are not done yet alone."""
+    run = run_of(arch, shards)
+    run.evaluators = [Slow(task="good"), Slow(fault="evaluation slow: no image")]
+    with pytest.raises(EvalError, match="evaluation slow: no image"):
+        train(run)
+    assert [p.name for p in Path("run/checkpoints").iterdir()] == ["step_00000006"]
+    weights = Path("run/checkpoints/step_00000006/model.safetensors").read_bytes()
+
+    again = run_of(arch, shards)
+    good, slow = Slow(task="good"), Slow()
+    again.evaluators = [good, slow]
+    assert owed(again) == [slow]
+    train(again)
+    assert (good.ran, slow.ran) == (0, 1)
+    assert [(row["task"], row["step"]) for row in read_metrics(Path("run"), "eval")] == [("good", 6), ("slow", 6)]
+    assert owed(again) == []
+    assert [row["step"] for row in read_metrics(Path("run"))] == [1, 2, 3, 4, 5, 6]
+    assert Path("run/checkpoints/step_00000006/model.safetensors").read_bytes() == weights
+
+
+def test_nothing_is_owed_before_the_first_step(arch: Path, shards: list[str]) -> None:
+    run = run_of(arch, shards, "eval.every=2")
+    run.evaluators = [Slow()]
+    assert owed(run) == []
 
 
 def test_profile_is_written(arch: Path, shards: list[str]) -> None:
@@ -100,3 +197,13 @@ def test_profile_is_written(arch: Path, shards: list[str]) -> None:
     names = [e["name"] for e in events if e.get("ph") == "X"]
     assert sum(n.startswith("ProfilerStep#") for n in names) == 2
     assert any("addmm" in n for n in names)
+
+
+def test_resumed_run_keeps_the_profile(arch: Path, shards: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    train(run_of(arch, shards, "log.profile=[2,3]", "steps=4"))
+    (trace,) = Path("run/profile").iterdir()
+    before = trace.read_bytes()
+    with caplog.at_level("INFO", "clipq"):
+        train(run_of(arch, shards, "log.profile=[2,3]"))
+    assert trace.read_bytes() == before
+    assert "log.profile=[2, 3]: no profile, the run goes on after step 4" in caplog.text
