@@ -34,7 +34,7 @@ from clipq.data.evalset import CaptionedShards, ImageFolder, LabelledShards
 from clipq.data.loader import TrainStream, default_workers, make_loader, warn_of_few_shards
 from clipq.data.shards import DataError, check_members, expand, names_digest
 from clipq.dist.env import DistEnv
-from clipq.dist.gather import gather_objects
+from clipq.dist.gather import raised_on_every_rank
 from clipq.eval.common import Encoder, Evaluator
 from clipq.eval.prompts import read_classnames, read_templates, subset_indices
 from clipq.eval.retrieval import Retrieval
@@ -63,16 +63,11 @@ def reported_as_config_error() -> Iterator[None]:
 
     Collective: what one rank finds ends all of them, with one message of rank 0, which alone speaks of configuration.
     """
-    found = None
-    try:
-        yield
-    except (FileNotFoundError, ValueError) as error:
-        found = error
-    faults = gather_objects(None if found is None else str(found))
-    rank = next((r for r, fault in enumerate(faults) if fault is not None), None)
-    if rank is not None:
-        prefix = f"rank {rank}: " if None in faults else ""
-        raise ConfigError(f"{prefix}{faults[rank]}") from found
+    with raised_on_every_rank(ConfigError):
+        try:
+            yield
+        except (FileNotFoundError, ValueError) as error:
+            raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
 
 
 def build_model(config: ModelConfig) -> ClipModel:

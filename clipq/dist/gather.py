@@ -73,13 +73,14 @@ def gather_objects(value: Any) -> list[Any]:
 def raised_on_every_rank(kind: type[Exception]) -> Iterator[None]:
     """An error of this kind within, on any rank, is raised on all of them: one alone would leave the others waiting.
 
-    Collective: every rank must enter it; `kind` is made from a message.
+    Collective: every rank must enter it; `kind` is made from a message, which names the rank where it is not the first.
     """
     fault: Exception | None = None
     try:
         yield
     except kind as error:
         fault = error
-    message = next((m for m in gather_objects(None if fault is None else str(fault)) if m is not None), None)
-    if message is not None:
-        raise kind(message) from fault
+    messages = gather_objects(None if fault is None else str(fault))
+    rank = next((r for r, message in enumerate(messages) if message is not None), None)
+    if rank is not None:
+        raise kind(f"rank {rank}: {messages[rank]}" if rank else messages[rank]) from fault

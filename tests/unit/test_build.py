@@ -9,7 +9,15 @@ import torch
 
 from clipq.build import build_captions, build_model, build_optimizer, build_schedule, build_stream
 from clipq.config.choices import Decay
-from clipq.config.groups import AugmentConfig, CaptionConfig, DataConfig, ModelConfig, OptimConfig, ScheduleConfig
+from clipq.config.groups import (
+    AugmentConfig,
+    CaptionConfig,
+    DataConfig,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    ScheduleConfig,
+)
 from clipq.config.schema import TrainJob
 from clipq.data.decode import Captions, TrainTransform
 from clipq.dist.env import DistEnv
@@ -41,6 +49,7 @@ def test_schedule() -> None:
     job = TrainJob(
         name="x",
         steps=100,
+        log=LogConfig(),
         optim=OptimConfig(lr=2.0),
         schedule=ScheduleConfig(decay=Decay.constant_cooldown, warmup=10, cooldown=20, final_lr=0.25),
     )
