@@ -25,7 +25,7 @@ seeds = st.integers(0, 2**63 - 1)
 def shards_without_files() -> Iterator[None]:
     """A shard is named `<number>:<samples>`, and its samples have a text and what is no sample between them."""
 
-    def read(name: str) -> Iterator[Sample]:
+    def read(name: str, *, on_damage: object = None) -> Iterator[Sample]:
         for n in range(int(name.split(":")[1])):
             yield {"__key__": f"{name}/{n}", "__url__": name, "txt": b"x"}
             yield {"__key__": f"{name}/{n} without text", "__url__": name, "jpg": b"x"}
