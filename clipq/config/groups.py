@@ -153,7 +153,7 @@ class BackendConfig:
     cuda_graph: Switch = Switch.off
     """Record forward and backward of the training step as a CUDA graph, so that launches cost nothing. `auto` does it
     with one process on one GPU, for models all of whose blocks are clipq's, without gradient checkpointing. `off` is
-    the default until more runs have been trained this way."""
+    the default until the trainer has been tested with it on a GPU."""
 
     def __post_init__(self) -> None:
         require(
