@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from clipq import kernels
 from clipq.lowp import convert_linears, get_recipe
-from clipq.lowp.fused import norm_linear, norm_mlp
+from clipq.lowp.fused import norm_mlp, norm_projections
 from clipq.lowp.linear import LowpLinear
 
 LAYERS = {  # of ViT-H/14: inputs, outputs
@@ -101,8 +101,8 @@ class BlockLinears(nn.Module):
             mixed = self.in_proj(self.ln_1(x).to(x.dtype)).chunk(3, -1)[1]
             x = x + self.out_proj(mixed)
             return x + self.c_proj(nn.functional.gelu(self.c_fc(self.ln_2(x).to(x.dtype))))
-        qkv, x = norm_linear(x, self.ln_1, self.in_proj)  # pyright: ignore[reportArgumentType]
-        x = self.out_proj(qkv.chunk(3, -1)[1], residual=x)
+        _, mixed, _, x = norm_projections(x, self.ln_1, self.in_proj)  # pyright: ignore[reportArgumentType]
+        x = self.out_proj(mixed, residual=x)
         return norm_mlp(x, self.ln_2, self.c_fc, self.c_proj, quick=False, add=True)  # pyright: ignore
 
 

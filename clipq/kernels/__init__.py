@@ -8,7 +8,7 @@ first operator runs on a GPU. The operators have no gradients: `clipq.lowp` buil
 from clipq.kernels.gelu import gelu_backward_quantize, gelu_quantize
 from clipq.kernels.layer_norm import layer_norm_backward, layer_norm_quantize
 from clipq.kernels.matmul import matmul, matmul16
-from clipq.kernels.quantize import dequantize_rows, quantize_columns, quantize_rows, quantize_tensor
+from clipq.kernels.quantize import dequantize_rows, pack_quantize_rows, quantize_columns, quantize_rows, quantize_tensor
 from clipq.kernels.register import implementation
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "layer_norm_quantize",
     "matmul",
     "matmul16",
+    "pack_quantize_rows",
     "quantize_columns",
     "quantize_rows",
     "quantize_tensor",

@@ -28,9 +28,9 @@ def load_rows(ptr, rows, cols, M, K, stride):
 
 
 @triton.jit
-def store_rows(ptr, x, rows, cols, M, K):
-    """Stores [R, B] into a contiguous matrix of K columns."""
-    at = tl.cast(rows, tl.int64)[:, None] * K + cols[None, :]
+def store_rows(ptr, x, rows, cols, M, K, stride):
+    """Stores [R, B] into a matrix of K columns."""
+    at = tl.cast(rows, tl.int64)[:, None] * stride + cols[None, :]
     tl.store(ptr + at, x, mask=(rows < M)[:, None] & (cols < K)[None, :])
 
 
@@ -69,17 +69,41 @@ def quantize_store(q_ptr, scale_ptr, x0, x1, rows, cols0, cols1, M, K, QMAX: tl.
     """Row-wise quantization of rows that are in registers."""
     amax = rows_absmax(x0, x1)
     inverse = inverse_scale(amax, QMAX)[:, None]
-    store_rows(q_ptr, encode(x0 * inverse, q_ptr.dtype.element_ty), rows, cols0, M, K)
-    store_rows(q_ptr, encode(x1 * inverse, q_ptr.dtype.element_ty), rows, cols1, M, K)
+    store_rows(q_ptr, encode(x0 * inverse, q_ptr.dtype.element_ty), rows, cols0, M, K, K)
+    store_rows(q_ptr, encode(x1 * inverse, q_ptr.dtype.element_ty), rows, cols1, M, K, K)
     tl.store(scale_ptr + rows, amax / QMAX, mask=rows < M)
 
 
 @triton.jit
-def store_sums(ptr, sums0, sums1, cols0, cols1, K):
-    """This program's share of a sum over rows: row `program_id` of a [programs, K] matrix."""
-    base = ptr + tl.full((), 0, tl.int64) + tl.program_id(0) * K
+def store_sums(ptr, sums0, sums1, cols0, cols1, K, stride):
+    """This program's share of a sum over rows: K columns of row `program_id` of a matrix, for `column_sums`."""
+    base = ptr + tl.full((), 0, tl.int64) + tl.program_id(0) * stride
     tl.store(base + cols0, tl.sum(sums0, axis=0), mask=cols0 < K)
     tl.store(base + cols1, tl.sum(sums1, axis=0), mask=cols1 < K)
+
+
+@triton.jit
+def _sum_rows(x_ptr, first_ptr, second_ptr, P, K, BP: tl.constexpr, BK: tl.constexpr):
+    """Sums over the rows of the one or two matrices [P, K] of a stack, always in the same order."""
+    cols = tl.program_id(0) * BK + tl.arange(0, BK)
+    x_ptr += tl.cast(tl.program_id(1), tl.int64) * P * K
+    sums = tl.zeros((BP, BK), tl.float32)
+    for first in range(0, P, BP):
+        sums += load_rows(x_ptr, first + tl.arange(0, BP), cols, P, K, K)
+    out_ptr = first_ptr if tl.program_id(1) == 0 else second_ptr
+    tl.store(out_ptr + cols, tl.sum(sums, axis=0), mask=cols < K)
+
+
+def column_sums(shares: Tensor) -> list[Tensor]:
+    """[S, P, K] float32, as programs left it with `store_sums` -> S tensors [K] that share no memory; S is 1 or 2."""
+    count, programs, cols = shares.shape
+    sums = [shares.new_empty(cols) for _ in range(count)]
+    launch(
+        *(_sum_rows, (triton.cdiv(cols, 16), count), shares, sums[0], sums[-1], programs, cols),
+        constants={"BP": 512, "BK": 16},
+        warps=8,
+    )
+    return sums
 
 
 class RowBlock(NamedTuple):
@@ -90,13 +114,25 @@ class RowBlock(NamedTuple):
     warps: int
     programs: int = 0
     """Programs for each multiprocessor, where every program walks over many rows; 0 for one program for each R rows."""
+    stages: int = 1
+    """Steps of that walk whose loads are under way at once, held in shared memory."""
 
 
-def launch_rows(kernel: Any, x: Tensor, block: RowBlock, *args: Any, **constants: Any) -> None:
-    """Launches a kernel over the rows of x [M, K] with its block sizes."""
+SHARED_BYTES = 90 * 1024
+"""Shared memory that the loads under way may take: what any GPU since Ampere gives a program, less room for sums."""
+
+
+def launch_rows(kernel: Any, x: Tensor, block: RowBlock, *args: Any, reads: int, **constants: Any) -> None:
+    """Launches a kernel over the rows of x [M, K] with its block sizes.
+
+    Args:
+        reads: rows that it reads for each row of x, of at most x's type; too wide ones are not read ahead.
+    """
     cols = max(1, x.shape[1])
     first = 1 << (cols.bit_length() - 1)
-    blocks = {"R": block.rows, "B0": first, "B1": triton.next_power_of_2(max(1, cols - first))}
+    rest = triton.next_power_of_2(max(1, cols - first))
+    ahead = reads * (block.stages - 1) * block.rows * (first + rest) * x.element_size()
+    blocks = {"R": block.rows, "B0": first, "B1": rest, "STAGES": block.stages if ahead <= SHARED_BYTES else 1}
     launch(kernel, (row_programs(x, block),), *args, constants=constants | blocks, warps=block.warps)
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from clipq.lowp.fused import norm_linear, norm_mlp
+from clipq.lowp.fused import norm_mlp, norm_projections
 from clipq.lowp.linear import LowpLinear
+from clipq.lowp.recipe import Saved
 
 
 def _forward(block: Any, x_BLD: Tensor, attn_mask: Tensor | None, *, quick: bool) -> Tensor:
     """The block's function; `block` has the parts of `clipq.model.block.Block`."""
-    qkv, x_BLD = norm_linear(x_BLD, block.ln_1, block.attn.in_proj)
-    mixed_BLD = block.attn.attend(qkv, attn_mask)
+    q_BLD, k_BLD, v_BLD, x_BLD = norm_projections(x_BLD, block.ln_1, block.attn.in_proj)
+    mixed_BLD = block.attn.attend(q_BLD, k_BLD, v_BLD, attn_mask)
     if _passes(block.ls_1) and _passes(block.ln_attn):
         x_BLD = block.attn.out_proj(mixed_BLD, residual=x_BLD)
     else:
@@ -61,5 +63,9 @@ def fuse(block: Any) -> str | None:
     activation = pairs["mlp.c_proj"].kind
     if activation not in FORWARDS:
         return f"{pairs['mlp.c_proj'].producer} is neither GELU nor QuickGELU"
+    out_proj = block.attn.out_proj
+    if out_proj.recipe.saved is Saved.quantized and _passes(block.attn.ln_inner) and block.attn.head_scale is None:
+        # attention keeps its output for its own backward: a quantized copy would only add to it
+        out_proj.recipe = replace(out_proj.recipe, saved=Saved.input)
     block.fused = FORWARDS[activation]
     return None

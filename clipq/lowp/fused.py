@@ -20,8 +20,12 @@ from clipq.lowp.products import Quantized, compute_dtype, multiply, weight_gradi
 from clipq.lowp.recipe import LinearRecipe, Saved
 
 
-class _NormLinear(torch.autograd.Function):
-    """X -> (linear(layer_norm(X)), X). X is handed through so that both its gradients meet in one kernel."""
+class _NormProjections(torch.autograd.Function):
+    """X -> (Q, K, V, X), where [Q, K, V] = linear(layer_norm(X)).
+
+    The three come out one by one, and so do their gradients come in: they are put together where they are quantized.
+    X is handed through so that both its gradients meet in one kernel.
+    """
 
     @staticmethod
     def forward(
@@ -38,7 +42,7 @@ class _NormLinear(torch.autograd.Function):
         w_qt_scale: Tensor,
         recipe: LinearRecipe,
         dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         forward, _ = _types(recipe)
         x_bn = x.flatten(0, -2)
         y_bn, q, scale, mean, rstd = kernels.layer_norm_quantize(
@@ -47,24 +51,25 @@ class _NormLinear(torch.autograd.Function):
         out_bm = multiply(Quantized(q, scale), Quantized(w_q, w_scale), bias=bias_m, out_dtype=dtype, simulated=False)
         kept = {Saved.input: (y_bn,), Saved.quantized: (q, scale), Saved.recomputed: ()}[recipe.saved]
         ctx.save_for_backward(x_bn, norm_weight_n, norm_bias_n, mean, rstd, w_qt, w_qt_scale, *kept)
-        ctx.recipe, ctx.dtype, ctx.eps = recipe, dtype, eps
+        ctx.recipe, ctx.dtype = recipe, dtype
         ctx.weight_dtype, ctx.norm_dtype = weight_mn.dtype, norm_weight_n.dtype
         ctx.bias_dtype = None if bias_m is None else bias_m.dtype
-        return unflatten(out_bm, x), x.view_as(x)
+        return *unflatten(out_bm, x).chunk(3, -1), x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x_bn, norm_weight_n, norm_bias_n, mean, rstd, w_qt, w_qt_scale, *kept = ctx.saved_tensors
-        g_bm, residual_bn = grads[0].flatten(0, -2).to(ctx.dtype), grads[1].flatten(0, -2)
+        saved = ctx.saved_tensors  # read once: checkpointing computes them anew at each reading
+        x_bn, *norm, w_qt, w_qt_scale = saved[:7]
+        residual_bn = grads[3].flatten(0, -2)
         _, backward = _types(ctx.recipe)
-        q, scale, sums_m = kernels.quantize_rows(g_bm, backward, column_sums=True)
+        g_bm, q, scale, sums_m = kernels.pack_quantize_rows(
+            *(g.flatten(0, -2).to(ctx.dtype) for g in grads[:3]), dtype=backward
+        )
         dy_bn = multiply(Quantized(q, scale), Quantized(w_qt, w_qt_scale), out_dtype=ctx.dtype, simulated=False)
-        y_bn = _norm_output(ctx, x_bn, norm_weight_n, norm_bias_n, kept)
+        dx, *dnorm, y_bn = _norm_backward(ctx, dy_bn, x_bn, norm, residual_bn, saved[7:])
         dw = weight_gradient(g_bm, y_bn, None, simulated=False).to(ctx.weight_dtype)
-        dx, dnorm_weight, dnorm_bias = kernels.layer_norm_backward(dy_bn, x_bn, norm_weight_n, mean, rstd, residual_bn)
         db = None if ctx.bias_dtype is None else sums_m.to(ctx.bias_dtype)
-        norm = (dnorm_weight.to(ctx.norm_dtype), dnorm_bias.to(ctx.norm_dtype), None)
-        return unflatten(dx, grads[1]), *norm, dw, db, None, None, None, None, None, None
+        return unflatten(dx, grads[3]), *dnorm, None, dw, db, *(None,) * 6
 
 
 class _NormMlp(torch.autograd.Function):
@@ -119,7 +124,7 @@ class _NormMlp(torch.autograd.Function):
         }[recipe.saved]
         layers = (fc_qt, fc_qt_scale, proj_qt, proj_qt_scale)
         ctx.save_for_backward(x_bn, norm_weight_n, norm_bias_n, mean, rstd, h_bh, *layers, *kept)
-        ctx.recipe, ctx.dtype, ctx.eps, ctx.quick, ctx.add = recipe, dtype, eps, quick, add
+        ctx.recipe, ctx.dtype, ctx.quick, ctx.add = recipe, dtype, quick, add
         ctx.weight_dtype, ctx.norm_dtype = weight_hn.dtype, norm_weight_n.dtype
         ctx.bias_dtypes = [None if b is None else b.dtype for b in (bias_h, bias_n)]
         out = unflatten(out_bn, x)
@@ -127,8 +132,9 @@ class _NormMlp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x_bn, norm_weight_n, norm_bias_n, mean, rstd, h_bh, fc_qt, fc_qt_scale, *rest = ctx.saved_tensors
-        proj_qt, proj_qt_scale, *kept = rest
+        saved = ctx.saved_tensors
+        x_bn, *norm, h_bh, fc_qt, fc_qt_scale, proj_qt, proj_qt_scale = saved[:10]
+        kept = saved[10:]
         half = len(kept) // 2
         residual_bn = (grads[0] if ctx.add else grads[1]).flatten(0, -2)
         g_bn = grads[0].flatten(0, -2).to(ctx.dtype)
@@ -136,19 +142,19 @@ class _NormMlp(torch.autograd.Function):
 
         q, scale, sums_n = kernels.quantize_rows(g_bn, backward, column_sums=True)
         da_bh = multiply(Quantized(q, scale), Quantized(proj_qt, proj_qt_scale), out_dtype=ctx.dtype, simulated=False)
-        dh_bh, q, scale, sums_h = kernels.gelu_backward_quantize(da_bh, h_bh, quick=ctx.quick, dtype=backward)
-        a_bh = _activation_output(ctx, h_bh, kept[half:])
+        dh_bh, q, scale, sums_h, a_bh = kernels.gelu_backward_quantize(
+            da_bh, h_bh, quick=ctx.quick, dtype=backward, keep=ctx.recipe.saved is Saved.recomputed
+        )
+        a_bh = _kept(ctx, kept[half:], a_bh)
         dw_nh = weight_gradient(g_bn, a_bh, None, simulated=False).to(ctx.weight_dtype)
         dy_bn = multiply(Quantized(q, scale), Quantized(fc_qt, fc_qt_scale), out_dtype=ctx.dtype, simulated=False)
-        y_bn = _norm_output(ctx, x_bn, norm_weight_n, norm_bias_n, kept[:half])
+        dx, *dnorm, y_bn = _norm_backward(ctx, dy_bn, x_bn, norm, residual_bn, kept[:half])
         dw_hn = weight_gradient(dh_bh, y_bn, None, simulated=False).to(ctx.weight_dtype)
-        dx, dnorm_weight, dnorm_bias = kernels.layer_norm_backward(dy_bn, x_bn, norm_weight_n, mean, rstd, residual_bn)
         db_h, db_n = (
             None if dtype is None else sums.to(dtype)
             for dtype, sums in zip(ctx.bias_dtypes, (sums_h, sums_n), strict=True)
         )
-        norm = (dnorm_weight.to(ctx.norm_dtype), dnorm_bias.to(ctx.norm_dtype), None)
-        return unflatten(dx, grads[0]), *norm, dw_hn, db_h, *(None,) * 4, dw_nh, db_n, *(None,) * 8
+        return unflatten(dx, grads[0]), *dnorm, None, dw_hn, db_h, *(None,) * 4, dw_nh, db_n, *(None,) * 8
 
 
 def _types(recipe: LinearRecipe) -> tuple[torch.dtype, torch.dtype]:
@@ -158,31 +164,33 @@ def _types(recipe: LinearRecipe) -> tuple[torch.dtype, torch.dtype]:
     return recipe.output.left.dtype, recipe.grad_input.left.dtype
 
 
-def _norm_output(ctx: Any, x_bn: Tensor, weight_n: Tensor, bias_n: Tensor, kept: list[Tensor]) -> Tensor:
-    """The norm's output in 16 bits, from whatever the forward kept of it."""
+def _norm_backward(
+    ctx: Any, dy_bn: Tensor, x_bn: Tensor, norm: list[Tensor], residual_bn: Tensor, kept: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of X and of the norm's weight and bias, and the norm's output in 16 bits.
+
+    Args:
+        norm: weight, bias, mean, reciprocal of the standard deviation.
+        kept: what the forward kept of the output.
+    """
+    weight_n, bias_n, mean, rstd = norm
+    recomputed = ctx.recipe.saved is Saved.recomputed
+    dx, dweight, dbias, y_bn = kernels.layer_norm_backward(
+        dy_bn, x_bn, weight_n, mean, rstd, residual_bn, bias=bias_n if recomputed else None
+    )
+    return dx, dweight.to(ctx.norm_dtype), dbias.to(ctx.norm_dtype), _kept(ctx, kept, y_bn)
+
+
+def _kept(ctx: Any, kept: tuple[Tensor, ...], recomputed: Tensor) -> Tensor:
+    """A producer's output in 16 bits, from whatever the forward kept of it."""
     if ctx.recipe.saved is Saved.input:
         return kept[0]
-    if ctx.recipe.saved is Saved.quantized:
-        return dequantize(Quantized(*kept), ctx.dtype)
-    forward, _ = _types(ctx.recipe)
-    return kernels.layer_norm_quantize(x_bn, weight_n, bias_n, ctx.eps, out_dtype=ctx.dtype, dtype=forward, keep=True)[
-        0
-    ]
+    return dequantize(Quantized(*kept), ctx.dtype) if ctx.recipe.saved is Saved.quantized else recomputed
 
 
-def _activation_output(ctx: Any, h_bh: Tensor, kept: list[Tensor]) -> Tensor:
-    """The activation's output in 16 bits, from whatever the forward kept of it."""
-    if ctx.recipe.saved is Saved.input:
-        return kept[0]
-    if ctx.recipe.saved is Saved.quantized:
-        return dequantize(Quantized(*kept), ctx.dtype)
-    forward, _ = _types(ctx.recipe)
-    return kernels.gelu_quantize(h_bh, quick=ctx.quick, dtype=forward, keep=True)[0]
-
-
-def norm_linear(x: Tensor, norm: nn.LayerNorm, layer: LowpLinear) -> tuple[Tensor, Tensor]:
-    """(layer(norm(x)), x): [..., n] -> [..., m] and x again, to be used in place of x from here on."""
-    return _NormLinear.apply(  # pyright: ignore[reportReturnType]
+def norm_projections(x: Tensor, norm: nn.LayerNorm, layer: LowpLinear) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(*layer(norm(x)).chunk(3, -1), x): [..., n] -> three of [..., m / 3] and x again, to be used in place of x."""
+    return _NormProjections.apply(  # pyright: ignore[reportReturnType]
         *(x, norm.weight, norm.bias, norm.eps, layer.weight, layer.bias),
         *(*layer.quantized_weight(), layer.recipe, compute_dtype(x)),
     )

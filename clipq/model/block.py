@@ -74,20 +74,20 @@ class Attention(nn.Module):
 
     def forward(self, x_BLD: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """(B, L, D) -> (B, L, D); `attn_mask` as in `attend`."""
-        return self.out_proj(self.attend(self.in_proj(x_BLD), attn_mask))
+        return self.out_proj(self.attend(*self.in_proj(x_BLD).chunk(3, -1), attn_mask=attn_mask))
 
-    def attend(self, qkv_BLD: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    def attend(self, q_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """What lies between the two projections.
 
         Args:
-            qkv_BLD: (B, L, 3D), queries, keys and values one after another.
+            q_BLD, k_BLD, v_BLD: (B, L, D), queries, keys and values.
             attn_mask: additive, or boolean where True hides a key; (L, L), (B, H, L, L) or (B·H, L, L).
                 A causal block takes its presence for the causal mask, and does not read it.
 
         Returns:
             (B, L, D).
         """
-        q_BLHE, k_BLHE, v_BLHE = qkv_BLD.unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        q_BLHE, k_BLHE, v_BLHE = (t.unflatten(-1, (self.heads, -1)) for t in (q_BLD, k_BLD, v_BLD))
         q_BLHE, k_BLHE, scale = self._scaled(q_BLHE, k_BLHE)
         causal = self.causal and attn_mask is not None
         x_BHLE = F.scaled_dot_product_attention(

@@ -69,6 +69,18 @@ def test_rows(shape, layout, dtype) -> None:
     assert torch.equal(plain_scale, scale)
 
 
+@each_type
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [*SHAPES, (61, 129)], ids=str)
+def test_packed_rows(shape, layout, dtype) -> None:
+    """The largest value of a row may be in any of the three."""
+    parts = [laid_out(random(*shape, seed=s, device=DEVICE).to(torch.float16), layout) for s in range(3)]
+    packed, q, scale, sums = triton.pack_quantize_rows(*parts, dtype)
+    assert torch.equal(packed, torch.cat(parts, 1))
+    assert_quantized(packed, q, scale, 1)
+    assert_near(sums, packed.double().sum(0), packed.double().abs().sum(0))
+
+
 @pytest.mark.parametrize("sums", [False, True])
 def test_more_rows_than_programs(sums) -> None:
     shape = TALL if INTERPRETED else (40 * multiprocessors(torch.device("cuda", 0)) + 3, 129)
@@ -278,11 +290,23 @@ def test_layer_norm_backward(shape, layout, residual) -> None:
     _, _, _, mean, rstd = reference.layer_norm_quantize(x.cpu(), weight, bias, 1e-3, torch.float32, INT8, True)
     around = random(*shape, seed=2, device=DEVICE) if residual else None
     args = (dy, x, *on_device(weight, mean, rstd), around)
-    ours = triton.layer_norm_backward(*args)
-    theirs = reference.layer_norm_backward(*(None if t is None else t.cpu() for t in args))
-    for name, a, b in zip(("x", "weight", "bias"), ours, theirs, strict=True):
+    ours = triton.layer_norm_backward(*args, None)
+    theirs = reference.layer_norm_backward(*(None if t is None else t.cpu() for t in args), None)
+    for name, a, b in zip(("x", "weight", "bias", "nothing"), ours, theirs, strict=True):
         limit = 1e-5 * b.abs().max().item() if b.numel() else 0
         torch.testing.assert_close(a.cpu(), b, rtol=1e-5, atol=limit, msg=lambda m, name=name: f"d{name}: {m}")
+
+
+@pytest.mark.parametrize("out", [torch.float32, HALF], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (61, 129)], ids=str)
+def test_recomputed_norm_has_the_bits_of_the_forward(shape, out) -> None:
+    x, dy = random(*shape, device=DEVICE), random(*shape, seed=1, device=DEVICE).to(out)
+    weight, bias = on_device(*norm_parameters(shape[1], torch.float32))
+    y, _, _, mean, rstd = triton.layer_norm_quantize(x, weight, bias, 1e-3, out, INT8, True)
+    *gradients, again = triton.layer_norm_backward(dy, x, weight, mean, rstd, None, bias)
+    assert torch.equal(again, y)
+    for a, b in zip(gradients, triton.layer_norm_backward(dy, x, weight, mean, rstd, None, None), strict=False):
+        assert torch.equal(a, b)
 
 
 # --- GELU
@@ -308,7 +332,12 @@ def test_gelu(shape, layout, dtype, quick) -> None:
 @pytest.mark.parametrize("shape", [*SHAPES, (61, 129)], ids=str)
 def test_gelu_backward(shape, layout, quick) -> None:
     x, dy = (laid_out(random(*shape, seed=s, device=DEVICE), layout) for s in (0, 1))
-    dx, q, scale, sums = triton.gelu_backward_quantize(dy, x, quick, INT8)
+    dx, q, scale, sums, nothing = triton.gelu_backward_quantize(dy, x, quick, INT8, False)
+    assert nothing.shape == (0,)
+    *same, y = triton.gelu_backward_quantize(dy, x, quick, INT8, True)
+    assert torch.equal(y, triton.gelu_quantize(x, quick, INT8, True)[0])
+    for a, b in zip(same, (dx, q, scale, sums), strict=True):
+        assert torch.equal(a, b)
     v = x.cpu().double().requires_grad_()
     emulation.gelu(v, quick).backward(dy.cpu().double())
     limit = 3e-7 * dy.abs().amax().item() if dy.numel() else 0

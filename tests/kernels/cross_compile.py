@@ -96,7 +96,7 @@ def spilled_bytes(compiled: Any, folder: Path) -> int:
 def launched_kernels() -> set[str]:
     """Names of the kernels of all modules that no other kernel calls: those that Python must launch."""
     kernels, called = set(), set()
-    for module in MODULES.values():
+    for module in (rowwise, *MODULES.values()):
         for function in ast.parse(inspect.getsource(module)).body:
             if isinstance(function, ast.FunctionDef) and "triton.jit" in map(ast.unparse, function.decorator_list):
                 kernels.add(function.name)

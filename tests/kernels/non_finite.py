@@ -114,6 +114,25 @@ def test_sums_of_columns(kernels, device, bad) -> None:
 
 
 @each_bad
+@pytest.mark.parametrize("part", range(3))
+def test_packed(kernels, device, bad, part) -> None:
+    """A bad value in any of the three spoils its row's scale and its column's sum, and nothing else."""
+
+    def run(x: Tensor) -> tuple[Tensor, ...]:
+        parts = [random(*SHAPE, seed=s, device=device) for s in range(3)]
+        parts[part] = x
+        return kernels.pack_quantize_rows(*parts, INT8)
+
+    clean, spoiled = (run(x) for x in with_bad_row(bad, device))
+    assert_only_row_is_bad(spoiled[2][:, None], clean[2][:, None])
+    column = part * SHAPE[1] + 11
+    assert not spoiled[0][BAD, column].isfinite()
+    assert not spoiled[3][column].isfinite()
+    keep = torch.arange(3 * SHAPE[1], device=device) != column
+    assert torch.equal(spoiled[3][keep], clean[3][keep])
+
+
+@each_bad
 @each_type
 def test_dequantized(kernels, device, bad, dtype) -> None:
     """What `switchback_m` reads in its backward: q may be anything, but the product with its scale is not finite."""
@@ -143,7 +162,7 @@ def test_layer_norm_backward(kernels, device, bad, where) -> None:
     def run(**bad_one: Tensor) -> tuple[Tensor, ...]:
         x, dy, residual = (bad_one.get(n, random(*SHAPE, device=device)) for n in ("x", "dy", "residual"))
         statistics = kernels.layer_norm_quantize(x, weight, bias, 1e-5, torch.float32, INT8, False)[3:]
-        return kernels.layer_norm_backward(dy, x, weight, *statistics, residual)
+        return kernels.layer_norm_backward(dy, x, weight, *statistics, residual, bias)
 
     clean, spoiled = (run(**{where: x}) for x in with_bad_row(bad, device))
     if where == "residual":
@@ -168,7 +187,7 @@ def test_gelu(kernels, device, bad, quick) -> None:
 def test_gelu_backward(kernels, device, bad, quick, where) -> None:
     other = random(*SHAPE, seed=1, device=device) + 0.1
     clean, spoiled = (
-        kernels.gelu_backward_quantize(*((v, other) if where == "dy" else (other, v)), quick, INT8)
+        kernels.gelu_backward_quantize(*((v, other) if where == "dy" else (other, v)), quick, INT8, False)
         for v in with_bad_row(bad, device)
     )
     assert not spoiled[0][BAD, 11].isfinite()

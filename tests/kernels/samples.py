@@ -21,6 +21,7 @@ def samples(device: str) -> dict[str, list[tuple[Any, ...]]]:
     residual = random(M, N, device=device)
     return {
         "quantize_rows": [(x, INT8, True), (half, E4M3, False), (half.T, INT8, True), (x[:0], INT8, True)],
+        "pack_quantize_rows": [(x, y, -x, INT8), (half, half[:, :K], half, E4M3), (x.T, y.T, x.T, INT8)],
         "quantize_tensor": [(x, INT8), (half, E5M2), (half.T, INT8), (x[:0], INT8)],
         "quantize_columns": [(x, INT8, seed), (half, E4M3, None), (x.T, INT8, None)],
         "dequantize_rows": [(a, vector(M), torch.bfloat16), (a.T, vector(K), torch.bfloat16)],
@@ -37,12 +38,16 @@ def samples(device: str) -> dict[str, list[tuple[Any, ...]]]:
             (x.T, vector(M), vector(M), 1e-5, torch.bfloat16, INT8, True),
         ],
         "layer_norm_backward": [
-            (y.to(torch.bfloat16), x, vector(K), vector(M), vector(M), x),
-            (half, half, vector(K), vector(M), vector(M), None),
-            (half.T, x.T, vector(M), vector(K), vector(K), y.T),
+            (y.to(torch.bfloat16), x, vector(K), vector(M), vector(M), x, None),
+            (half, half, vector(K), vector(M), vector(M), None, vector(K)),
+            (half.T, x.T, vector(M), vector(K), vector(K), y.T, vector(M)),
         ],
         "gelu_quantize": [(half, False, INT8, True), (x, True, E4M3, False), (x.T, False, INT8, True)],
-        "gelu_backward_quantize": [(half, half, False, INT8), (x, y, True, E5M2), (y.T, x.T, False, INT8)],
+        "gelu_backward_quantize": [
+            (half, half, False, INT8, False),
+            (x, y, True, E5M2, True),
+            (y.T, x.T, False, INT8, True),
+        ],
     }
 
 

@@ -29,6 +29,7 @@ def scalar(dtype: torch.dtype = FP32) -> torch.Tensor:
 ROW_KERNELS: dict[str, Callable[[int, torch.dtype, torch.dtype], Any]] = {
     "quantize_rows": lambda n, x, q: quantize.quantize_rows(empty(ROWS, n, dtype=x), q, False),
     "quantize_rows, sums": lambda n, x, q: quantize.quantize_rows(empty(ROWS, n, dtype=x), q, True),
+    "pack_quantize_rows": lambda n, x, q: quantize.pack_quantize_rows(*(empty(ROWS, n, dtype=x) for _ in "qkv"), q),
     "quantize_tensor": lambda n, x, q: quantize.quantize_tensor(empty(n, n, dtype=x), q),
     "quantize_columns": lambda n, x, q: quantize.quantize_columns(empty(ROWS, n, dtype=x), q, None),
     "dequantize_rows": lambda n, x, q: quantize.dequantize_rows(empty(ROWS, n, dtype=q), vector(ROWS), x),
@@ -36,15 +37,16 @@ ROW_KERNELS: dict[str, Callable[[int, torch.dtype, torch.dtype], Any]] = {
         empty(ROWS, n, dtype=x), vector(n), vector(n), 1e-5, BF16 if x is FP32 else x, q, True
     ),
     "layer_norm, backward": lambda n, x, q: layer_norm.layer_norm_backward(
-        empty(ROWS, n), empty(ROWS, n, dtype=x), vector(n), vector(ROWS), vector(ROWS), empty(ROWS, n, dtype=x)
+        *(empty(ROWS, n), empty(ROWS, n, dtype=x), vector(n), vector(ROWS), vector(ROWS), empty(ROWS, n, dtype=x)),
+        vector(n),
     ),
     "gelu": lambda n, x, q: gelu.gelu_quantize(empty(ROWS, n, dtype=x), False, q, True),
     "quick gelu": lambda n, x, q: gelu.gelu_quantize(empty(ROWS, n, dtype=x), True, q, False),
     "gelu, backward": lambda n, x, q: gelu.gelu_backward_quantize(
-        empty(ROWS, n, dtype=x), empty(ROWS, n, dtype=x), False, q
+        empty(ROWS, n, dtype=x), empty(ROWS, n, dtype=x), False, q, True
     ),
     "quick gelu, backward": lambda n, x, q: gelu.gelu_backward_quantize(
-        empty(ROWS, n, dtype=x), empty(ROWS, n, dtype=x), True, q
+        empty(ROWS, n, dtype=x), empty(ROWS, n, dtype=x), True, q, False
     ),
 }
 STOCHASTIC = {

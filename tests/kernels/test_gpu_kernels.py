@@ -79,6 +79,10 @@ def test_real_rows(width) -> None:
     q, scale, sums = operators.quantize_rows(x, INT8, column_sums=True)
     assert_quantized(x, q, scale, 1)
     assert_near(sums, x.double().sum(0), x.double().abs().sum(0))
+    packed, q, scale, sums = operators.pack_quantize_rows(x, dy, x, INT8)
+    assert torch.equal(packed, torch.cat((x, dy, x), 1))
+    assert_quantized(packed, q, scale, 1)
+    assert_near(sums, packed.double().sum(0), packed.double().abs().sum(0))
     q, qt, scale = operators.quantize_tensor(x, INT8)
     assert_quantized(x, q, scale, None)
     assert torch.equal(qt, q.T)
@@ -95,7 +99,8 @@ def test_real_rows(width) -> None:
     assert_near(y, exact.detach(), exact.detach().abs() + 1, tolerance=1e-5)
     assert_quantized(y, q, scale, 1)
     exact.backward(dy.double())
-    dx, dw, db = operators.layer_norm_backward(dy, x, weight, mean, rstd, x)
+    dx, dw, db, again = operators.layer_norm_backward(dy, x, weight, mean, rstd, x, bias=bias)
+    assert torch.equal(again, y)
     largest = (dy.double().abs().amax(1) * rstd.double())[:, None] * 10 + x.double().abs()
     assert_near(dx, leaf.grad + x.double(), largest, tolerance=1e-5)
     assert_near(dw, parameters[0].grad, (dy.double() * 4).abs().sum(0))
@@ -106,7 +111,8 @@ def test_real_rows(width) -> None:
     assert_quantized(y, q, scale, 1)
     leaf = x.double().requires_grad_()
     torch.nn.functional.gelu(leaf).backward(dy.double())
-    dx, q, scale, sums = operators.gelu_backward_quantize(dy, x, quick=False, dtype=INT8)
+    dx, q, scale, sums, again = operators.gelu_backward_quantize(dy, x, quick=False, dtype=INT8, keep=True)
+    assert torch.equal(again, y)
     assert_near(dx, leaf.grad, dy.double().abs())
     assert_quantized(dx, q, scale, 1)
     assert_near(sums, dx.double().sum(0), dx.double().abs().sum(0))
@@ -169,6 +175,7 @@ def test_large_reductions_have_the_same_bits() -> None:
     def run() -> list[torch.Tensor]:
         return [
             *operators.quantize_rows(x, INT8, column_sums=True),
+            *operators.pack_quantize_rows(x, dy, x, INT8),
             *operators.layer_norm_backward(dy, x, weight, ones, ones),
             *operators.gelu_backward_quantize(dy, x, quick=False, dtype=INT8),
         ]

@@ -136,7 +136,8 @@ def test_layer_norm_and_its_gradient(shape, x_dtype) -> None:
     assert torch.equal(again[1], q)
 
     exact.backward(dy.double())
-    dx, dw, db = operators.layer_norm_backward(dy, x, weight, mean, rstd, residual)
+    dx, dw, db, nothing = operators.layer_norm_backward(dy, x, weight, mean, rstd, residual)
+    assert nothing.shape == (0,)
     terms = dy.double().abs() * weight.double().abs() * rstd.double()[:, None]
     limit = 10 * terms.amax(1, keepdim=True) * (1 + x.double().abs() * rstd.double()[:, None]) if x.numel() else terms
     assert_near(dx, leaves[0].grad + residual.double(), limit + residual.double().abs())
@@ -145,6 +146,9 @@ def test_layer_norm_and_its_gradient(shape, x_dtype) -> None:
     assert_near(db, leaves[2].grad, dy.double().abs().sum(0))
     plain = operators.layer_norm_backward(dy, x, weight, mean, rstd)[0]
     assert_near(plain, leaves[0].grad, limit)
+    recomputed = operators.layer_norm_backward(dy, x, weight, mean, rstd, residual, bias=bias)
+    assert torch.equal(recomputed[0], dx)
+    assert torch.equal(recomputed[3], y.to(dy.dtype))
 
 
 @each_input
@@ -159,7 +163,9 @@ def test_gelu_and_its_gradient(shape, quick, x_dtype) -> None:
     assert_quantized(y, q, scale, 1)
     assert torch.equal(operators.gelu_quantize(x, quick=quick, dtype=INT8, keep=False)[1], q)
     exact.backward(dy.double())
-    dx, q, scale, sums = operators.gelu_backward_quantize(dy, x, quick=quick, dtype=INT8)
+    dx, q, scale, sums, nothing = operators.gelu_backward_quantize(dy, x, quick=quick, dtype=INT8)
+    assert nothing.shape == (0,)
+    assert torch.equal(operators.gelu_backward_quantize(dy, x, quick=quick, dtype=INT8, keep=True)[4], y)
     assert_near(dx, leaf.grad, dy.double().abs())
     assert_quantized(dx, q, scale, 1)
     assert_near(sums, dx.double().sum(0), dx.double().abs().sum(0))

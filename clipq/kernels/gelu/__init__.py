@@ -18,10 +18,13 @@ def _fake_quantize(x: Tensor, quick: bool, dtype: torch.dtype, keep: bool) -> tu
     return y, x.new_empty((rows, cols), dtype=dtype), x.new_empty(rows, dtype=torch.float32)
 
 
-def _fake_backward(dy: Tensor, x: Tensor, quick: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_backward(
+    dy: Tensor, x: Tensor, quick: bool, dtype: torch.dtype, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, cols = x.shape
-    vectors = (x.new_empty(n, dtype=torch.float32) for n in (rows, cols))
-    return (x.new_empty((rows, cols)), x.new_empty((rows, cols), dtype=dtype), *vectors)  # pyright: ignore[reportReturnType]
+    scale, sums = (x.new_empty(n, dtype=torch.float32) for n in (rows, cols))
+    y = x.new_empty((rows, cols) if keep else (0,))
+    return x.new_empty((rows, cols)), x.new_empty((rows, cols), dtype=dtype), scale, sums, y
 
 
 _quantize = register(
@@ -33,7 +36,7 @@ _quantize = register(
 )
 _backward = register(
     "gelu_backward_quantize",
-    "(Tensor dy, Tensor x, bool quick, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor dy, Tensor x, bool quick, ScalarType dtype, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference.gelu_backward_quantize,
     fake=_fake_backward,
     module=_TRITON,
@@ -57,15 +60,17 @@ def gelu_quantize(x: Tensor, *, quick: bool, dtype: torch.dtype, keep: bool) -> 
 
 
 def gelu_backward_quantize(
-    dy: Tensor, x: Tensor, *, quick: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, *, quick: bool, dtype: torch.dtype, keep: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx = dy · gelu'(x) rounded to x's type, and what the linear layer before needs of it.
 
     Args:
         dy, x: [M, K].
+        keep: return y = gelu(x) too, the bits of `gelu_quantize`.
 
     Returns:
-        dx [M, K] of x's type, q [M, K] of `dtype`, scale [M] float32, sums of the columns of dx [K] float32.
+        dx [M, K] of x's type, q [M, K] of `dtype`, scale [M] float32, sums of the columns of dx [K] float32,
+        y [M, K] of x's type (or [0] if not kept).
     """
     check_dtype(dtype)
-    return _backward(dy, x, quick, dtype)
+    return _backward(dy, x, quick, dtype, keep)

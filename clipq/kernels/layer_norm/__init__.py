@@ -22,11 +22,10 @@ def _fake_quantize(
 
 
 def _fake_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, residual: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    cols = x.shape[1]
-    sums = (x.new_empty(cols, dtype=torch.float32) for _ in range(2))
-    return (x.new_empty(x.shape), *sums)  # pyright: ignore[reportReturnType]
+    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, residual: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dw, db = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
+    return x.new_empty(x.shape), dw, db, dy.new_empty((0,) if bias is None else x.shape)
 
 
 _quantize = register(
@@ -39,7 +38,8 @@ _quantize = register(
 )
 _backward = register(
     "layer_norm_backward",
-    "(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd, Tensor? residual) -> (Tensor, Tensor, Tensor)",
+    "(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd, Tensor? residual, Tensor? bias)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.layer_norm_backward,
     fake=_fake_backward,
     module=_TRITON,
@@ -65,16 +65,24 @@ def layer_norm_quantize(
 
 
 def layer_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, residual: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    residual: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of layer norm.
 
     Args:
         dy: [M, K], gradient of its output.
         x: [M, K], its input; weight [K]; mean, rstd [M] as `layer_norm_quantize` gave them.
         residual: [M, K], added to dx: the gradient that reaches x around the norm.
+        bias: [K], the norm's: return its output y too, the bits of `layer_norm_quantize`.
 
     Returns:
-        dx [M, K] of x's type, gradients of weight and bias [K] float32.
+        dx [M, K] of x's type, gradients of weight and bias [K] float32, y [M, K] of dy's type (or [0] without bias).
     """
-    return _backward(dy, x, weight, mean, rstd, residual)
+    return _backward(dy, x, weight, mean, rstd, residual, bias)

@@ -21,12 +21,13 @@ def layer_norm_quantize(
 
 
 def layer_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, residual: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    dy = dy.float()
+    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, residual: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     normed = (x.float() - mean[:, None]) * rstd[:, None]
+    y = dy.new_empty(0) if bias is None else (normed * weight.float() + bias.float()).to(dy.dtype)
+    dy = dy.float()
     g = dy * weight.float()
     dx = (g - g.mean(1, keepdim=True) - normed * (g * normed).mean(1, keepdim=True)) * rstd[:, None]
     if residual is not None:
         dx = dx + residual.float()
-    return dx.to(x.dtype), (dy * normed).sum(0), dy.sum(0)
+    return dx.to(x.dtype), (dy * normed).sum(0), dy.sum(0), y

@@ -164,9 +164,9 @@ def hopper_tile(K: int, *, int8: bool, residual: bool, out_bytes: int) -> Tile:
     if out_bytes > 2:
         return Tile(128, 128, 128, 8, 4, 2 if residual else 3, 4, 2)
     if residual:
-        return Tile(128, 256, 128, 8, 8, 3, 2, 1) if K >= 3072 else Tile(128, 128, 128, 8, 4, 3, 4, 2)
-    if int8:
-        return Tile(128, 128, 128, 4, 4, 3, 4, 2) if K >= 3072 else Tile(128, 128, 128, 8, 4, 3, 2, 2)
+        return Tile(128, 128, 128, 8, 4, 3, 4, 2) if int8 and K < 3072 else Tile(128, 256, 128, 8, 8, 3, 2, 1)
+    if int8 and K <= 4096:
+        return Tile(128, 128, 128, 8, 4, 3, 2, 2) if K < 3072 else Tile(128, 128, 128, 4, 4, 3, 4, 2)
     return Tile(128, 256, 128, 4, 8, 4, 2, 1)
 
 

@@ -26,6 +26,12 @@ def _fake_rows(x: Tensor, dtype: torch.dtype, column_sums: bool) -> tuple[Tensor
     return x.new_empty((rows, cols), dtype=dtype), x.new_empty(rows, dtype=torch.float32), sums
 
 
+def _fake_pack(a: Tensor, b: Tensor, c: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, cols = a.shape
+    vectors = (a.new_empty(n, dtype=torch.float32) for n in (rows, 3 * cols))
+    return (a.new_empty((rows, 3 * cols)), a.new_empty((rows, 3 * cols), dtype=dtype), *vectors)  # pyright: ignore[reportReturnType]
+
+
 def _fake_tensor(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=dtype), empty_transposed(x, dtype), x.new_empty((), dtype=torch.float32)
 
@@ -43,6 +49,13 @@ _rows = register(
     "(Tensor x, ScalarType dtype, bool column_sums) -> (Tensor, Tensor, Tensor)",
     reference=reference.quantize_rows,
     fake=_fake_rows,
+    module=_TRITON,
+)
+_pack = register(
+    "pack_quantize_rows",
+    "(Tensor a, Tensor b, Tensor c, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.pack_quantize_rows,
+    fake=_fake_pack,
     module=_TRITON,
 )
 _tensor = register(
@@ -81,6 +94,20 @@ def quantize_rows(x: Tensor, dtype: torch.dtype, *, column_sums: bool = False) -
     """
     check_dtype(dtype)
     return _rows(x, dtype, column_sums)
+
+
+def pack_quantize_rows(a: Tensor, b: Tensor, c: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Row-wise quantization of three matrices side by side, as the gradients of queries, keys and values are.
+
+    Args:
+        a, b, c: [M, K] of one floating type; unit stride along K is fast, other strides are copied first.
+        dtype: torch.int8, torch.float8_e4m3fn or torch.float8_e5m2.
+
+    Returns:
+        [a, b, c] [M, 3K] of their type, q [M, 3K] of `dtype`, scale [M] float32, sums over the rows [3K] float32.
+    """
+    check_dtype(dtype)
+    return _pack(a, b, c, dtype)
 
 
 def quantize_tensor(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,6 +25,11 @@ def quantize_rows(x: Tensor, dtype: torch.dtype, column_sums: bool) -> tuple[Ten
     return q, amax / QMAX[dtype], x.sum(0) if column_sums else x.new_empty(0)
 
 
+def pack_quantize_rows(a: Tensor, b: Tensor, c: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    packed = torch.cat((a, b, c), dim=1)
+    return packed, *quantize_rows(packed, dtype, True)
+
+
 def quantize_tensor(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     x = x.float()
     amax = x.abs().amax() if x.numel() else x.new_zeros(())

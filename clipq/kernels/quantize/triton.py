@@ -17,6 +17,7 @@ from clipq.kernels.launch import launch
 from clipq.kernels.quantize import reference
 from clipq.kernels.rowwise import (
     RowBlock,
+    column_sums,
     encode,
     inverse_scale,
     launch_rows,
@@ -24,6 +25,7 @@ from clipq.kernels.rowwise import (
     magnitude_bits,
     quantize_store,
     row_programs,
+    rows_absmax,
     store_rows,
     store_sums,
     unit_stride,
@@ -34,12 +36,12 @@ from clipq.kernels.rowwise import (
 def _quantize_rows(
     x_ptr, q_ptr, scale_ptr, sums_ptr,
     M, K, x_stride,
-    QMAX: tl.constexpr, SUMS: tl.constexpr, R: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr,
+    QMAX: tl.constexpr, SUMS: tl.constexpr, R: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """With SUMS each program also leaves the sum of its rows, column by column."""
     cols0, cols1 = tl.arange(0, B0), B0 + tl.arange(0, B1)
     sums0, sums1 = tl.zeros((R, B0), tl.float32), tl.zeros((R, B1), tl.float32)
-    for first in range(tl.program_id(0) * R, M, tl.num_programs(0) * R):
+    for first in tl.range(tl.program_id(0) * R, M, tl.num_programs(0) * R, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
         rows = first + tl.arange(0, R)
         x0 = load_rows(x_ptr, rows, cols0, M, K, x_stride)
         x1 = load_rows(x_ptr, rows, cols1, M, K, x_stride)
@@ -48,7 +50,52 @@ def _quantize_rows(
             sums0 += x0
             sums1 += x1
     if SUMS:
-        store_sums(sums_ptr, sums0, sums1, cols0, cols1, K)
+        store_sums(sums_ptr, sums0, sums1, cols0, cols1, K, K)
+
+
+@triton.jit
+def _pack_quantize_rows(
+    a_ptr, b_ptr, c_ptr, packed_ptr, q_ptr, scale_ptr, sums_ptr,
+    M, K, a_stride, b_stride, c_stride,
+    QMAX: tl.constexpr, R: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """As `_quantize_rows` with sums, over the rows of [a, b, c], which are put together on the way."""
+    cols0, cols1 = tl.arange(0, B0), B0 + tl.arange(0, B1)
+    a_sums0, a_sums1 = tl.zeros((R, B0), tl.float32), tl.zeros((R, B1), tl.float32)
+    b_sums0, b_sums1 = tl.zeros((R, B0), tl.float32), tl.zeros((R, B1), tl.float32)
+    c_sums0, c_sums1 = tl.zeros((R, B0), tl.float32), tl.zeros((R, B1), tl.float32)
+    for first in tl.range(tl.program_id(0) * R, M, tl.num_programs(0) * R, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
+        rows = first + tl.arange(0, R)
+        a0 = load_rows(a_ptr, rows, cols0, M, K, a_stride)
+        a1 = load_rows(a_ptr, rows, cols1, M, K, a_stride)
+        b0 = load_rows(b_ptr, rows, cols0, M, K, b_stride)
+        b1 = load_rows(b_ptr, rows, cols1, M, K, b_stride)
+        c0 = load_rows(c_ptr, rows, cols0, M, K, c_stride)
+        c1 = load_rows(c_ptr, rows, cols1, M, K, c_stride)
+        # as integers: a maximum of floats would drop NaN
+        bits = tl.maximum(magnitude_bits(rows_absmax(a0, a1)), magnitude_bits(rows_absmax(b0, b1)))
+        amax = tl.maximum(bits, magnitude_bits(rows_absmax(c0, c1))).to(tl.float32, bitcast=True)
+        inverse = inverse_scale(amax, QMAX)[:, None]
+        _store_part(packed_ptr, q_ptr, a0, a1, inverse, rows, cols0, cols1, M, K)
+        _store_part(packed_ptr + K, q_ptr + K, b0, b1, inverse, rows, cols0, cols1, M, K)
+        _store_part(packed_ptr + 2 * K, q_ptr + 2 * K, c0, c1, inverse, rows, cols0, cols1, M, K)
+        tl.store(scale_ptr + rows, amax / QMAX, mask=rows < M)
+        a_sums0, a_sums1 = a_sums0 + a0, a_sums1 + a1
+        b_sums0, b_sums1 = b_sums0 + b0, b_sums1 + b1
+        c_sums0, c_sums1 = c_sums0 + c0, c_sums1 + c1
+    store_sums(sums_ptr, a_sums0, a_sums1, cols0, cols1, K, 3 * K)
+    store_sums(sums_ptr + K, b_sums0, b_sums1, cols0, cols1, K, 3 * K)
+    store_sums(sums_ptr + 2 * K, c_sums0, c_sums1, cols0, cols1, K, 3 * K)
+
+
+@triton.jit
+def _store_part(packed_ptr, q_ptr, x0, x1, inverse, rows, cols0, cols1, M, K):
+    """A third of the rows of a packed matrix, as it is and quantized."""
+    packed: tl.constexpr = packed_ptr.dtype.element_ty
+    store_rows(packed_ptr, x0.to(packed), rows, cols0, M, K, 3 * K)
+    store_rows(packed_ptr, x1.to(packed), rows, cols1, M, K, 3 * K)
+    store_rows(q_ptr, encode(x0 * inverse, q_ptr.dtype.element_ty), rows, cols0, M, K, 3 * K)
+    store_rows(q_ptr, encode(x1 * inverse, q_ptr.dtype.element_ty), rows, cols1, M, K, 3 * K)
 
 
 @triton.jit
@@ -103,28 +150,31 @@ def _quantize_transpose(
         if tl.program_id(0) + tl.program_id(1) == 0:
             tl.store(scale_ptr, amax / QMAX)
     if not PER_COLUMN:
-        store_rows(q_ptr, q, rows, cols, M, K)
+        store_rows(q_ptr, q, rows, cols, M, K, K)
     at = tl.cast(cols, tl.int64)[:, None] * qt_stride + rows[None, :]
     tl.store(qt_ptr + at, q.T, mask=(cols < K)[:, None] & (rows < M)[None, :])
 
 
 @triton.jit
 def _dequantize_rows(
-    q_ptr, scale_ptr, x_ptr, M, K, q_stride, R: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr
+    q_ptr, scale_ptr, x_ptr,
+    M, K, q_stride,
+    R: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * R + tl.arange(0, R)
     cols0, cols1 = tl.arange(0, B0), B0 + tl.arange(0, B1)
-    scale = tl.load(scale_ptr + rows, mask=rows < M, other=0.0)[:, None]
-    x0 = load_rows(q_ptr, rows, cols0, M, K, q_stride) * scale
-    x1 = load_rows(q_ptr, rows, cols1, M, K, q_stride) * scale
-    store_rows(x_ptr, x0.to(x_ptr.dtype.element_ty), rows, cols0, M, K)
-    store_rows(x_ptr, x1.to(x_ptr.dtype.element_ty), rows, cols1, M, K)
+    for first in tl.range(tl.program_id(0) * R, M, tl.num_programs(0) * R, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
+        rows = first + tl.arange(0, R)
+        scale = tl.load(scale_ptr + rows, mask=rows < M, other=0.0)[:, None]
+        x0 = load_rows(q_ptr, rows, cols0, M, K, q_stride) * scale
+        x1 = load_rows(q_ptr, rows, cols1, M, K, q_stride) * scale
+        store_rows(x_ptr, x0.to(x_ptr.dtype.element_ty), rows, cols0, M, K, K)
+        store_rows(x_ptr, x1.to(x_ptr.dtype.element_ty), rows, cols1, M, K, K)
 
 
 def _row_block(cols: int, sums: bool) -> RowBlock:
     """Measured on one H100 at 33,024 rows."""
     if sums:
-        return RowBlock(1, 2, 4) if cols >= 2048 else RowBlock(2, 2, 8)
+        return RowBlock(1, 8, 2, 4) if cols >= 2048 else RowBlock(1, 2, 8, 3)
     return RowBlock(1, 4) if cols >= 2048 else RowBlock(2, 1)
 
 
@@ -134,18 +184,39 @@ def _lacks(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype is not torch.int8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9)
 
 
-def quantize_rows(x: Tensor, dtype: torch.dtype, column_sums: bool) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_rows(x: Tensor, dtype: torch.dtype, with_sums: bool) -> tuple[Tensor, Tensor, Tensor]:
     if _lacks(x.device, dtype):
-        return reference.quantize_rows(x.contiguous(), dtype, column_sums)
+        return reference.quantize_rows(x.contiguous(), dtype, with_sums)
     x = unit_stride(x)
     rows, cols = x.shape
     q, scale = x.new_empty((rows, cols), dtype=dtype), x.new_empty(rows, dtype=torch.float32)
-    block = _row_block(cols, column_sums)
-    shares = x.new_empty((row_programs(x, block) if column_sums else 0, cols), dtype=torch.float32)
+    block = _row_block(cols, with_sums)
+    shares = x.new_empty((1, row_programs(x, block) if with_sums else 0, cols), dtype=torch.float32)
     launch_rows(
-        _quantize_rows, x, block, x, q, scale, shares, rows, cols, x.stride(0), QMAX=QMAX[dtype], SUMS=column_sums
+        *(_quantize_rows, x, block, x, q, scale, shares, rows, cols, x.stride(0)),
+        reads=1,
+        QMAX=QMAX[dtype],
+        SUMS=with_sums,
     )
-    return q, scale, shares.sum(0) if column_sums else shares.view(-1)
+    return q, scale, column_sums(shares)[0] if with_sums else shares.view(-1)
+
+
+def pack_quantize_rows(a: Tensor, b: Tensor, c: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if _lacks(a.device, dtype):
+        return reference.pack_quantize_rows(a, b, c, dtype)
+    a, b, c = unit_stride(a), unit_stride(b), unit_stride(c)
+    rows, cols = a.shape
+    packed, q = a.new_empty((rows, 3 * cols)), a.new_empty((rows, 3 * cols), dtype=dtype)
+    scale = a.new_empty(rows, dtype=torch.float32)
+    block = RowBlock(1, 8, 2, 4)
+    shares = a.new_empty((1, row_programs(a, block), 3 * cols), dtype=torch.float32)
+    launch_rows(
+        *(_pack_quantize_rows, a, block, a, b, c, packed, q, scale, shares),
+        *(rows, cols, a.stride(0), b.stride(0), c.stride(0)),
+        reads=3,
+        QMAX=QMAX[dtype],
+    )
+    return packed, q, scale, column_sums(shares)[0]
 
 
 BLOCK = 8192
@@ -208,5 +279,5 @@ def _transpose(x: Tensor, q: Tensor | None, qt: Tensor, amax: Tensor, scale: Ten
 def dequantize_rows(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     q = unit_stride(q)
     x = q.new_empty(q.shape, dtype=dtype)
-    launch_rows(_dequantize_rows, q, _row_block(q.shape[1], False), q, scale, x, *q.shape, q.stride(0))
+    launch_rows(_dequantize_rows, q, _row_block(q.shape[1], False), q, scale, x, *q.shape, q.stride(0), reads=1)
     return x
