@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +13,11 @@ import torch
 from tests.helpers import colour_shards, tiny_arch
 
 torch.set_num_threads(1)
-# A graph in the compiler's cache on disk does not know that one of clipq's operators has changed since.
-os.environ |= {"TORCHINDUCTOR_FX_GRAPH_CACHE": "0", "TORCHINDUCTOR_AUTOGRAD_CACHE": "0"}
+# A graph in the compiler's cache on disk does not know that an operator of clipq has changed since: the tests of one
+# command, worker processes and trainers among them, share a cache that begins empty.
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    _compiled = tempfile.TemporaryDirectory(prefix="clipq-tests-", ignore_cleanup_errors=True)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = _compiled.name
 
 
 @pytest.fixture(autouse=True)
