@@ -19,7 +19,7 @@ from clipq.report.summary import compare, count, duration, percent
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "benchmarks"
 BEGIN, END = "<!-- results of {kind}: made by scripts/results.py -->", "<!-- end of results -->"
-PAGES = {"README.md": ("run", "step"), "docs/low_precision.md": ("step",)}
+PAGES = {"README.md": ("run", "step"), "docs/low_precision.md": ("step", "linear")}
 """Page -> kinds of tables on it, in the order of the page."""
 
 
@@ -89,8 +89,8 @@ STEP_NAMES = {
 def step_table(results: list[dict[str, Any]]) -> str:
     """Training steps; each ratio is to the first column of the same run."""
     rows = [
-        "| model, device | what | step, launched one by one | as a CUDA graph | peak memory |",
-        "|---|---|---|---|---|",
+        "| model, device | what | step as a CUDA graph | launched one by one | kernels alone | peak memory |",
+        "|---|---|---|---|---|---|",
     ]
     for result in results:
         columns = result["results"]["columns"]
@@ -99,16 +99,30 @@ def step_table(results: list[dict[str, Any]]) -> str:
         for name, column in columns.items():
             what = STEP_NAMES.get(name, f"clipq, `{name}`")
             if "error" in column:
-                rows.append(f"| {where} | {what} | does not run: {column['error'].split(':')[0]} | – | – |")
+                rows.append(f"| {where} | {what} | does not run: {column['error'].split(':')[0]} | – | – | – |")
                 continue
-            eager = f"{column['step_ms']:.0f} ms, ×{base['step_ms'] / column['step_ms']:.2f}"
-            graph = column["graph_step_ms"]
-            graph = f"{graph:.0f} ms, **×{base['graph_step_ms'] / graph:.2f}**" if graph else "–"
-            rows.append(f"| {where} | {what} | {eager} | {graph} | {column['peak_gib']:.1f} GiB |")
+            graph, one_by_one, kernels = (
+                f"{column[key]:.0f} ms, ×{base[key] / column[key]:.2f}" if column[key] else "–"
+                for key in ("graph_step_ms", "step_ms", "gpu_ms")
+            )
+            memory = f"{column['peak_gib']:.1f} GiB, {column['peak_gib'] / base['peak_gib'] - 1:+.0%}"
+            rows.append(f"| {where} | {what} | {graph} | {one_by_one} | {kernels} | {memory} |")
     return "\n".join(rows)
 
 
-TABLES = {"run": run_table, "step": step_table}
+def linear_table(results: list[dict[str, Any]]) -> str:
+    """One layer alone, and the layers of a block with what feeds them."""
+    rows = ["| forward and backward of | device, tokens | bf16, compiled | recipe | ratio |", "|---|---|---|---|---|"]
+    for result in results:
+        found = result["results"]
+        recipe, where = found["recipe"], f"{result['environment']['device']}, {found['tokens']:,}"
+        for name, times in {**found["alone"], "layers of a block, norms, GELU": found["block"]}.items():
+            ratio = f"×{times['ratio']:.2f}"
+            rows.append(f"| {name} | {where} | {times['bf16']:.2f} ms | `{recipe}` {times[recipe]:.2f} ms | {ratio} |")
+    return "\n".join(rows)
+
+
+TABLES = {"run": run_table, "step": step_table, "linear": linear_table}
 """Kind of results -> what makes their table."""
 
 
