@@ -14,25 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from triton.testing import do_bench
 
 from clipq.log.folder import environment
-
-
-def milliseconds(f: Callable[[], Any], *, warmup: float = 25, rep: float = 100) -> float:
-    """Median GPU time of a call, with the L2 cache flushed between calls.
-
-    The call is recorded as a CUDA graph: launched one by one, a kernel of 50 µs would be timed with its launch.
-    """
-    for _ in range(2):
-        f()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        f()
-    time = do_bench(graph.replay, warmup=warmup, rep=rep, return_mode="median")  # pyright: ignore[reportArgumentType]
-    graph.reset()
-    return time  # pyright: ignore[reportReturnType]
+from clipq.lowp.measure import milliseconds
 
 
 def wall_milliseconds(f: Callable[[], Any], *, warmup: int, steps: int) -> list[float]:

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from bench_common import copy_bandwidth, milliseconds, write
+from bench_common import copy_bandwidth, write
 from torch import Tensor
 
 from clipq import kernels
+from clipq.lowp.measure import milliseconds
 
 SHAPES = [  # tokens, inner dimension, outputs
     *((33024, 1280, n) for n in (1280, 3840, 5120)),

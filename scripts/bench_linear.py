@@ -15,13 +15,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from bench_common import free_memory, milliseconds, write
-from torch import Tensor, nn
+from bench_common import free_memory, write
+from torch import nn
 
 from clipq import kernels
 from clipq.lowp import convert_linears, get_recipe
-from clipq.lowp.fused import norm_mlp, norm_projections
-from clipq.lowp.linear import LowpLinear
+from clipq.lowp.measure import BF16, block_milliseconds, milliseconds, training_call
 
 LAYERS = {  # of ViT-H/14: inputs, outputs
     "attn.in_proj": (1280, 3840),
@@ -29,7 +28,6 @@ LAYERS = {  # of ViT-H/14: inputs, outputs
     "mlp.c_fc": (1280, 5120),
     "mlp.c_proj": (5120, 1280),
 }
-BF16 = torch.bfloat16
 
 
 def operations(tokens: int, n: int, m: int, recipe: str) -> dict[str, float]:
@@ -59,21 +57,6 @@ def operations(tokens: int, n: int, m: int, recipe: str) -> dict[str, float]:
     return {name: milliseconds(call) for name, call in calls.items()}
 
 
-def training_call(module: Callable[[Tensor], Tensor], parameters: list[nn.Parameter], x: Tensor) -> Callable[[], None]:
-    """Forward and backward under autocast, gradients written anew, as a call to be timed."""
-    with torch.autocast("cuda", dtype=BF16):
-        g = torch.randn_like(module(x))
-
-    def call() -> None:
-        for p in (x, *parameters):
-            p.grad = None
-        with torch.autocast("cuda", dtype=BF16):
-            y = module(x)
-        y.backward(g)
-
-    return call
-
-
 def alone(tokens: int, n: int, m: int, recipe: str) -> dict[str, float]:
     """Milliseconds of forward and backward of one compiled layer."""
     x = torch.randn(tokens, n, device="cuda", dtype=BF16, requires_grad=True)
@@ -87,35 +70,9 @@ def alone(tokens: int, n: int, m: int, recipe: str) -> dict[str, float]:
     return times | {"ratio": times["bf16"] / times[recipe]}
 
 
-class BlockLinears(nn.Module):
-    """A block without its attention: the middle third of the projection stands in for what attention would give."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.in_proj, self.out_proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.c_fc, self.c_proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not isinstance(self.c_fc, LowpLinear):
-            mixed = self.in_proj(self.ln_1(x).to(x.dtype)).chunk(3, -1)[1]
-            x = x + self.out_proj(mixed)
-            return x + self.c_proj(nn.functional.gelu(self.c_fc(self.ln_2(x).to(x.dtype))))
-        _, mixed, _, x = norm_projections(x, self.ln_1, self.in_proj)  # pyright: ignore[reportArgumentType]
-        x = self.out_proj(mixed, residual=x)
-        return norm_mlp(x, self.ln_2, self.c_fc, self.c_proj, quick=False, add=True)  # pyright: ignore
-
-
 def block(tokens: int, width: int, recipe: str) -> dict[str, float]:
     """Milliseconds of forward and backward of a block's layers with what feeds them, compiled."""
-    x = torch.randn(tokens, width, device="cuda", dtype=BF16, requires_grad=True)
-    times = {}
-    for name in ("bf16", recipe):
-        free_memory()
-        module = BlockLinears(width).cuda()
-        convert_linears(module, name)
-        compiled = torch.compile(module, fullgraph=True)
-        times[name] = milliseconds(training_call(compiled, [*module.parameters()], x))
+    times = {name: block_milliseconds(name, width, 4 * width, tokens) for name in ("bf16", recipe)}
     return times | {"ratio": times["bf16"] / times[recipe]}
 
 

@@ -37,7 +37,8 @@ def eval_job(job: EvalJob, resolved: str) -> None:
 
 
 def _evaluate(job: EvalJob, env: DistEnv) -> None:
-    from clipq.build import build_encoder, build_evaluators, build_model, convert, reported_as_config_error
+    from clipq.build import build_encoder, build_evaluators, build_model, reported_as_config_error
+    from clipq.build.backend import convert
     from clipq.eval.common import EvalError
     from clipq.log.console import Console, setup_logging
     from clipq.log.folder import environment
@@ -49,7 +50,7 @@ def _evaluate(job: EvalJob, env: DistEnv) -> None:
         evaluators = build_evaluators(job.eval)
         clip = build_model(_as_stored(job, config))
     clip.model.to(env.device)
-    convert(clip.model, job.backend)
+    convert(clip, job.backend, pairs=job.eval.batch_size, training=False)
     log.info("evaluating %s (%s) on %s in %s", job.checkpoint, config.name, env.device, job.backend.precision.value)
     encoder = build_encoder(clip, job.backend, job.eval, env, console)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
@@ -148,6 +149,9 @@ class BackendConfig:
     """fp8 type of activations and weights, for recipes of fp8."""
     fp8_grad: Fp8 = Fp8.e5m2
     """fp8 type of gradients, for recipes of fp8."""
+    skip: str = "off"
+    """Leave blocks in 16 bits where the recipe would be slower: `auto` by the table that comes with clipq for this GPU,
+    or a file made by `python -m clipq.lowp.measure`; `off` converts all."""
     compile: Switch = Switch.auto
     """torch.compile each block: auto compiles on CUDA only."""
     cuda_graph: Switch = Switch.off
@@ -160,6 +164,14 @@ class BackendConfig:
             "fp8" in self.recipe.value or (self.fp8_forward is Fp8.e4m3 and self.fp8_grad is Fp8.e5m2),
             f"backend.fp8_forward and backend.fp8_grad with backend.recipe={self.recipe.value}: they are for recipes "
             f"of fp8: {', '.join(r.value for r in Recipe if 'fp8' in r.value)}",
+        )
+        require(
+            self.skip in ("off", "auto") or Path(self.skip).is_file(),
+            f"backend.skip={self.skip}: expected off, auto, or a file made by python -m clipq.lowp.measure",
+        )
+        require(
+            self.skip == "off" or self.recipe is not Recipe.bf16,
+            f"backend.skip={self.skip} with backend.recipe=bf16: there is nothing to skip; choose backend=switchback",
         )
 
 

@@ -52,6 +52,7 @@ def convert_linears(
     recipe: str | LinearRecipe,
     *,
     filter: Callable[[str, nn.Linear], bool] | None = None,
+    skip: Callable[[str, nn.Linear], str | None] | None = None,
 ) -> ConversionReport:
     """Turns the linear layers of a model into low-precision ones, in place; its state dict stays as it is.
 
@@ -61,6 +62,7 @@ def convert_linears(
         recipe: a name in `clipq.lowp.RECIPES` or a recipe of your own. "bf16" converts nothing.
         filter: gets name and layer; what it returns False for is left as it is. The paper converts only the layers
             inside of transformer blocks: leave out heads and embeddings.
+        skip: gets name and layer; a text is why the layer is left as it is, for the report.
 
     Returns:
         What was converted and what was not, and why.
@@ -80,7 +82,7 @@ def convert_linears(
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, nn.Linear):
             continue
-        why = _obstacle(name, layer, attention, filter)
+        why = _obstacle(name, layer, attention, filter) or (skip(name, layer) if skip else None)
         if why is None:
             LowpLinear.from_linear(layer, recipe)
             report.converted.append(name)

@@ -240,13 +240,17 @@ class PatchDropout(nn.Module):
             raise ValueError(f"patch dropout of {prob}: expected a share in [0, 1)")
         self.prob = prob
 
+    def kept(self, patches: int) -> int:
+        """How many of an image's patches are left in training."""
+        return max(1, int(patches * (1 - self.prob)))
+
     def forward(self, x_BLD: Tensor) -> Tensor:
         """(B, L, D) -> (B, 1 + K, D) in training, the input itself otherwise."""
         if not self.training or self.prob == 0:
             return x_BLD
         class_B1D, patches_BLD = x_BLD[:, :1], x_BLD[:, 1:]
         batch, patches, width = patches_BLD.shape
-        keep = max(1, int(patches * (1 - self.prob)))
+        keep = self.kept(patches)
         draw_BL = torch.rand(batch, patches, device=x_BLD.device)
         index_BK = draw_BL.topk(keep, dim=-1, sorted=False).indices
         kept_BKD = patches_BLD.gather(1, index_BK[..., None].expand(-1, -1, width))

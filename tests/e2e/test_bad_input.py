@@ -51,6 +51,11 @@ MISTAKES = {
         ["backend=switchback", "backend.fp8_grad=e4m3"],
         ["backend.fp8_grad", "backend.recipe=switchback", "switchback_fp8"],
     ),
+    "table of speeds that is not there": (
+        ["backend=switchback", "backend.skip=gpu.json"],
+        ["backend.skip=gpu.json", "off, auto", "python -m clipq.lowp.measure"],
+    ),
+    "nothing to skip": (["backend.skip=auto"], ["backend.skip=auto", "nothing to skip"]),
     "CUDA graph on a CPU": (["backend.cuda_graph=on", "device=cpu"], ["backend.cuda_graph=on needs a CUDA GPU"]),
     "infinite learning rate": (["optim.lr=inf"], ["optim.lr=inf", "finite"]),
     "no number": (["optim.weight_decay=nan"], ["optim.weight_decay=nan", "finite"]),

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import open_clip
 import pytest
 import torch
 
-from clipq.build import convert
+from clipq.build.backend import convert, image_tokens
 from clipq.config.choices import Recipe
 from clipq.config.groups import BackendConfig, ConfigError
 from clipq.lowp import RECIPES
+from clipq.lowp.speed import Speed, SpeedTable
+from clipq.model.clip import create_model
+from clipq.model.surgery import blocks
 from tests.helpers import colour_shards, command, read_metrics, tiny_arch
 
 
@@ -69,5 +73,40 @@ def test_switchback_trains_resumes_evaluates_and_loads_in_openclip(world: Path) 
 
 
 def test_a_recipe_needs_blocks_to_convert() -> None:
+    clip = SimpleNamespace(model=torch.nn.Linear(4, 4))
     with pytest.raises(ConfigError, match="no tower of this model has clipq's blocks"):
-        convert(torch.nn.Linear(4, 4), BackendConfig(recipe=Recipe.switchback))
+        convert(clip, BackendConfig(recipe=Recipe.switchback), pairs=1, training=True)  # pyright: ignore[reportArgumentType]
+
+
+def test_what_a_table_says_is_slower_stays_in_16_bits(world: Path) -> None:
+    """The image tower has 4 patches and a class token, the text tower a context of 8: only their tokens differ."""
+    speeds = (Speed("switchback", 32, 128, 16 * 5, 0.8), Speed("switchback", 32, 128, 16 * 8, 1.1))
+    SpeedTable("a test", speeds).write(world / "table.json")
+    losses = run(world, "skipped", "backend=switchback", "backend.skip=table.json", "steps=6")
+    log = (world / "runs" / "skipped" / "logs" / "rank_0.log").read_text()
+    assert "switchback: 4 linear layers, 1 blocks fused" in log
+    assert (
+        "visual.transformer.resblocks.0.attn.in_proj and 7 more: on a test a block of width 32 and 128 with 80" in log
+    )
+    assert losses != run(world, "not_skipped", "backend=switchback", "steps=6")
+    assert losses == run(world, "skipped_again", "backend=switchback", "backend.skip=table.json", "steps=6")
+
+
+def test_without_a_table_everything_is_converted_and_said(world: Path) -> None:
+    run(world, "auto", "backend=switchback", "backend.skip=auto", "steps=4")
+    log = (world / "runs" / "auto" / "logs" / "rank_0.log").read_text()
+    assert "no table of speeds for the CPU" in log
+    assert "python -m clipq.lowp.measure my_gpu.json" in log
+    assert "switchback: 12 linear layers, 3 blocks fused" in log
+
+
+def test_tokens_of_an_image(tmp_path: Path) -> None:
+    clip = create_model(str(tiny_arch(tmp_path)), patch_dropout=0.5)
+    full, dropped = (image_tokens(clip.model, training=t) for t in (False, True))
+    seen = []
+    block = blocks(clip.model)[0][1]
+    block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    for training in (False, True):
+        clip.model.train(training).get_submodule("visual")(torch.zeros(1, 3, 16, 16))
+    assert [full, dropped] == seen
+    assert full > dropped

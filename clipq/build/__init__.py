@@ -1,4 +1,4 @@
-"""The composition root: configuration -> objects. The only module that sees both."""
+"""The composition root: configuration -> objects. The only package that sees both."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from clipq.config.choices import Fp8, Precision, Recipe, Switch, TaskKind, Wandb
+from clipq.build.backend import AUTOCAST, compile_blocks, convert, wants_graph
+from clipq.config.choices import Precision, TaskKind, Wandb
 from clipq.config.groups import (
     BackendConfig,
     CaptionConfig,
@@ -42,9 +43,7 @@ from clipq.eval.zero_shot import ZeroShot
 from clipq.log.console import Console
 from clipq.log.meters import flops_per_pair
 from clipq.log.writers import JsonlWriter, TensorBoardWriter, WandbWriter, Writer
-from clipq.lowp import convert_linears, get_recipe
 from clipq.model.clip import ClipModel, Preprocess, create_model
-from clipq.model.surgery import blocks
 from clipq.optim.groups import decay_groups
 from clipq.train.checkpoint import Checkpoints, load, newest
 from clipq.train.graph import Graphed
@@ -53,8 +52,6 @@ from clipq.train.schedule import Schedule
 from clipq.train.state import TrainState
 
 log = logging.getLogger(__name__)
-
-AUTOCAST = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: None}
 
 
 @contextmanager
@@ -206,43 +203,6 @@ def parallelize(model: nn.Module, config: ParallelConfig, env: DistEnv) -> nn.Mo
     )
 
 
-FP8 = {Fp8.e4m3: torch.float8_e4m3fn, Fp8.e5m2: torch.float8_e5m2}
-
-
-def convert(model: nn.Module, config: BackendConfig) -> None:
-    """Turns the linear layers of clipq's blocks into those of the recipe, and says what became of which.
-
-    Raises:
-        ConfigError: the model has no such blocks.
-    """
-    if config.recipe is Recipe.bf16:
-        return
-    recipe = get_recipe(config.recipe.value)
-    if recipe.is_fp8:
-        recipe = recipe.with_formats(forward=FP8[config.fp8_forward], grad=FP8[config.fp8_grad])
-    inside = {f"{name}.{layer}" for name, block in blocks(model) for layer in block.linears()}
-    if not inside:
-        raise ConfigError(
-            f"backend.recipe={config.recipe.value}: no tower of this model has clipq's blocks, whose linear layers it "
-            "could convert: choose backend=bf16, or a ViT of OpenCLIP such as model=vit_b_32"
-        )
-    report = convert_linears(model, recipe, filter=lambda name, _: name in inside)
-    for line in report.lines():
-        log.info("%s", line)
-
-
-def compile_blocks(model: nn.Module, config: BackendConfig, env: DistEnv) -> None:
-    """Compiles each residual block for itself: one graph that all blocks of a tower share, quick to compile.
-
-    `forward` is replaced and not the module, so that names in the state dict stay and FSDP does not undo it.
-    """
-    if config.compile is Switch.on or (config.compile is Switch.auto and env.device.type == "cuda"):
-        # Both towers, training and odd batch sizes share the code of one forward, whose graphs torch counts together.
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        for _, block in blocks(model):
-            block.forward = torch.compile(block.forward, fullgraph=True)
-
-
 def build_writers(job: TrainJob, folder: Path, env: DistEnv, *, step: int, config: dict[str, Any]) -> Sequence[Writer]:
     if not env.is_main:
         return []
@@ -286,7 +246,7 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
         log.info("%s", line)
     flops = flops_per_pair(clip.model, clip.preprocess.size, clip.context_length)
     clip.model.to(env.device)
-    convert(clip.model, job.backend)
+    convert(clip, job.backend, pairs=job.batch_size // env.world_size, training=True)
     optimizer = build_optimizer(clip.model, job.optim)
     fp16 = job.backend.precision is Precision.fp16
     state = TrainState(clip.model, optimizer, torch.amp.GradScaler(env.device.type, enabled=fp16))
@@ -344,18 +304,6 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
             functools.partial(forward_backward, run), before_recording=optimizer.zero_grad, device=env.device
         )
     return run
-
-
-def wants_graph(job: TrainJob, clip: ClipModel, env: DistEnv) -> bool:
-    """Whether the step is recorded as a CUDA graph: `auto` is where every block is known to run without the host."""
-    if job.backend.cuda_graph is not Switch.auto:
-        return job.backend.cuda_graph is Switch.on
-    return (
-        env.device.type == "cuda"
-        and not env.is_distributed
-        and not job.model.grad_checkpointing
-        and not clip.report.kept
-    )
 
 
 def resume(checkpoints: Checkpoints, state: TrainState, env: DistEnv, loader: dict[str, int]) -> None:

@@ -1,0 +1,127 @@
+"""The group `backend` of the configuration, applied to a model: recipe, compilation, CUDA graph."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from clipq.config.choices import Fp8, Precision, Recipe, Switch
+from clipq.config.groups import BackendConfig, ConfigError
+from clipq.config.schema import TrainJob
+from clipq.dist.env import DistEnv
+from clipq.lowp import convert_linears, get_recipe
+from clipq.lowp.speed import SpeedTable, read_table, shipped_table
+from clipq.model.block import PatchDropout
+from clipq.model.clip import ClipModel
+from clipq.model.surgery import blocks
+
+log = logging.getLogger(__name__)
+
+AUTOCAST = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: None}
+FP8 = {Fp8.e4m3: torch.float8_e4m3fn, Fp8.e5m2: torch.float8_e5m2}
+
+
+def convert(clip: ClipModel, config: BackendConfig, *, pairs: int, training: bool) -> None:
+    """Turns the linear layers of clipq's blocks into those of the recipe, and says what became of which.
+
+    Args:
+        pairs: images, and texts, that this process computes at a time.
+
+    Raises:
+        ConfigError: the model has no such blocks, or `backend.skip` names no table.
+    """
+    if config.recipe is Recipe.bf16:
+        return
+    recipe = get_recipe(config.recipe.value)
+    if recipe.is_fp8:
+        recipe = recipe.with_formats(forward=FP8[config.fp8_forward], grad=FP8[config.fp8_grad])
+    inside = {f"{name}.{layer}" for name, block in blocks(clip.model) for layer in block.linears()}
+    if not inside:
+        raise ConfigError(
+            f"backend.recipe={config.recipe.value}: no tower of this model has clipq's blocks, whose linear layers it "
+            "could convert: choose backend=bf16, or a ViT of OpenCLIP such as model=vit_b_32"
+        )
+    table = speed_table(config.skip, next(clip.model.parameters()).device)
+    slow = slow_layers(clip, recipe.name, table, pairs=pairs, training=training) if table is not None else {}
+    report = convert_linears(
+        clip.model, recipe, filter=lambda name, _: name in inside, skip=lambda name, _: slow.get(name)
+    )
+    for line in report.lines():
+        log.info("%s", line)
+
+
+def speed_table(skip: str, device: torch.device) -> SpeedTable | None:
+    """The table that `backend.skip` names; None, with a word why, where there is none.
+
+    Raises:
+        ConfigError: no table can be read from the file.
+    """
+    if skip == "off":
+        return None
+    if skip != "auto":
+        try:
+            return read_table(Path(skip))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"backend.skip={skip}: expected off, auto, or a file made by python -m clipq.lowp.measure: {error}"
+            ) from error
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+    table = shipped_table(name)
+    if table is None:
+        log.warning(
+            "backend.skip=auto: there is no table of speeds for %s, so every layer is converted; python -m "
+            "clipq.lowp.measure my_gpu.json makes one for a GPU, and backend.skip=my_gpu.json takes it",
+            name,
+        )
+    return table
+
+
+def slow_layers(clip: ClipModel, recipe: str, table: SpeedTable, *, pairs: int, training: bool) -> dict[str, str]:
+    """Layers that the table says are slower by the recipe -> why. A block's layers go together, for they are fused."""
+    found = {}
+    for name, block in blocks(clip.model):
+        tokens = pairs * (
+            image_tokens(clip.model, training=training) if name.startswith("visual") else clip.context_length
+        )
+        fc = block.mlp.c_fc
+        why = table.why_slower(recipe, fc.in_features, fc.out_features, tokens)
+        if why is not None:
+            found |= {f"{name}.{layer}": why for layer in block.linears()}
+    return found
+
+
+def image_tokens(model: nn.Module, *, training: bool) -> int:
+    """Tokens of one image in OpenCLIP's ViT, after patch dropout."""
+    visual = model.get_submodule("visual")
+    length = visual.get_parameter("positional_embedding").shape[0]
+    dropout = getattr(visual, "patch_dropout", None)
+    if training and isinstance(dropout, PatchDropout):
+        return 1 + dropout.kept(length - 1)
+    return length
+
+
+def compile_blocks(model: nn.Module, config: BackendConfig, env: DistEnv) -> None:
+    """Compiles each residual block for itself: one graph that all blocks of a tower share, quick to compile.
+
+    `forward` is replaced and not the module, so that names in the state dict stay and FSDP does not undo it.
+    """
+    if config.compile is Switch.on or (config.compile is Switch.auto and env.device.type == "cuda"):
+        # Both towers, training and odd batch sizes share the code of one forward, whose graphs torch counts together.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        for _, block in blocks(model):
+            block.forward = torch.compile(block.forward, fullgraph=True)
+
+
+def wants_graph(job: TrainJob, clip: ClipModel, env: DistEnv) -> bool:
+    """Whether the step is recorded as a CUDA graph: `auto` is where every block is known to run without the host."""
+    if job.backend.cuda_graph is not Switch.auto:
+        return job.backend.cuda_graph is Switch.on
+    return (
+        env.device.type == "cuda"
+        and not env.is_distributed
+        and not job.model.grad_checkpointing
+        and not clip.report.kept
+    )
