@@ -98,10 +98,25 @@ def linear(name: str, result: dict[str, Any]) -> None:
     save(figure, name)
 
 
+def recipes(name: str, result: dict[str, Any]) -> None:
+    """Losses of the first seed by every recipe, a point for every ten steps; bf16 lies on top."""
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    for recipe, found in sorted(result["results"].items(), key=lambda item: item[0] == "bf16"):
+        losses = found["runs"][0]["losses"]
+        style: dict[str, Any] = {"color": "black", "linewidth": 2} if recipe == "bf16" else {"linewidth": 1}
+        axes.plot([10 * (n + 1) for n in range(len(losses))], losses, label=recipe, **style)
+    axes.set_xlabel("step")
+    axes.set_ylabel("contrastive loss")
+    axes.set_title(f"{result['title']}, {result['environment']['device']}", fontsize=10)
+    axes.legend(fontsize=7, ncols=2)
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, name)
+
+
 def main() -> None:
     for path in sorted(Path(FOLDER).glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
-        draw = {"step": step, "linear": linear}.get(result["kind"])
+        draw = {"step": step, "linear": linear, "recipes": recipes}.get(result["kind"])
         if draw is not None:
             draw(path.stem, result)
 

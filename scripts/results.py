@@ -122,7 +122,19 @@ def linear_table(results: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-TABLES = {"run": run_table, "step": step_table, "linear": linear_table}
+def recipes_table(results: list[dict[str, Any]]) -> str:
+    """One short run by every recipe; intervals of 95 % over seeds."""
+    rows = ["| recipe | final loss | zero-shot top-1 | seeds |", "|---|---|---|---|"]
+    for result in results:
+        for recipe, found in result["results"].items():
+            (loss, loss_half), (top1, top1_half) = found["loss"], found["top1"]
+            loss_half = "" if loss_half is None else f" ± {loss_half:.3f}"
+            top1_half = "" if top1_half is None else f" ± {percent(top1_half)}"
+            rows.append(f"| `{recipe}` | {loss:.3f}{loss_half} | {percent(top1)}{top1_half} | {found['seeds']} |")
+    return "\n".join(rows)
+
+
+TABLES = {"run": run_table, "step": step_table, "linear": linear_table, "recipes": recipes_table}
 """Kind of results -> what makes their table."""
 
 
