@@ -1,4 +1,6 @@
 import pytest
 
 # assertions in modules that test modules import show their values too
-pytest.register_assert_rewrite("tests.kernels.against_reference", "tests.kernels.emulation", "tests.kernels.non_finite")
+pytest.register_assert_rewrite(
+    *(f"tests.kernels.{name}" for name in ("against_reference", "emulation", "non_finite", "optimizer_steps"))
+)

@@ -27,7 +27,7 @@ from clipq.kernels import rowwise
 
 MODULES = {
     name: importlib.import_module(f"clipq.kernels.{name}.triton")
-    for name in ("gelu", "layer_norm", "matmul", "quantize")
+    for name in ("gelu", "layer_norm", "matmul", "quantize", "stable_adamw")
 }
 
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227}

@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 
+from clipq.kernels.stable_adamw import Hyper, Tensors
 from tests.kernels import cross_compile
 from tests.kernels.cross_compile import MODULES, SHARED_KB, compile_for, empty, record, spilled_bytes
 
 INT8, E4M3, E5M2 = torch.int8, torch.float8_e4m3fn, torch.float8_e5m2
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ROWS = 33024
-quantize, layer_norm, gelu, matmul = (MODULES[m] for m in ("quantize", "layer_norm", "gelu", "matmul"))
+quantize, layer_norm, gelu, matmul, stable_adamw = (
+    MODULES[m] for m in ("quantize", "layer_norm", "gelu", "matmul", "stable_adamw")
+)
 
 
 def vector(n: int) -> torch.Tensor:
@@ -76,6 +79,19 @@ PRODUCTS = [
     )
 ]
 QUICK_PRODUCTS = [PRODUCTS[0], PRODUCTS[4]]
+
+
+def optimizer_step(*, p: torch.dtype, g: torch.dtype, sharded: bool) -> None:
+    """StableAdamW of a few tensors; where they lie is 0 on `meta`, which is aligned."""
+    shapes = [(5,), (300, 257)]
+    own = lambda dtype: [empty(*s, dtype=dtype) for s in shapes]  # noqa: E731
+    tensors = Tensors(
+        *(own(p), own(g), own(FP32), own(FP32), [scalar() for _ in shapes], [1, 1], [0, 0]),
+        hypers=[Hyper(1e-3, 0.9, 0.99, None, 1e-6, 0.1, 1.0)],
+        grad_scale=scalar() if sharded else None,
+        found_inf=scalar() if sharded else None,
+    )
+    stable_adamw.step(tensors, (lambda sums: sums) if sharded else None)
 
 
 def fp8(capability: int) -> tuple[torch.dtype, ...]:
@@ -167,6 +183,14 @@ def test_products_build_at_every_width_and_epilogue(capability: int, tmp_path: P
     build_products(capability, PRODUCTS, tmp_path)
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize(("p", "g"), [(FP32, FP32), (BF16, BF16), (FP16, FP32)])
+def test_optimizer_builds(p, g, sharded, capability: int, tmp_path: Path) -> None:
+    for kernel in built(lambda: optimizer_step(p=p, g=g, sharded=sharded), capability, tmp_path):
+        wide = [line for line in kernel.asm["ptx"].splitlines() if ".v4." in line and "global" in line]
+        assert kernel.metadata.name == "_add_chunks" or wide, "16 bytes at a time"
+
+
 def test_products_of_unaligned_matrices_build(capability: int, tmp_path: Path) -> None:
     call = lambda: matmul.matmul(  # noqa: E731
         *(empty(257, 1283, dtype=INT8), empty(31, 1283, dtype=INT8), vector(257), scalar(), None, None, BF16)
@@ -181,6 +205,7 @@ def test_no_kernel_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     for tma in (True, False):
         monkeypatch.setattr(matmul, "_has_tma", lambda device, tma=tma: tma)
         launched |= {launch.kernel.__name__ for launch in record(lambda: product(dtype=INT8, **PRODUCTS[0]))}
+    launched |= {k.kernel.__name__ for k in record(lambda: optimizer_step(p=FP32, g=FP32, sharded=True))}
     for call in (*ROW_KERNELS.values(), *STOCHASTIC.values()):
         launched |= {launch.kernel.__name__ for launch in record(lambda call=call: call(1280, BF16, INT8))}
     assert launched == cross_compile.launched_kernels()

@@ -13,7 +13,7 @@ import triton
 
 from tests.helpers import REPO
 
-FILES = ["tests/kernels/against_reference.py", "tests/kernels/non_finite.py"]
+FILES = [f"tests/kernels/{name}.py" for name in ("against_reference", "non_finite", "optimizer_steps")]
 
 
 def release(version: str) -> tuple[int, ...]:

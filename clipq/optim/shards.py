@@ -1,0 +1,61 @@
+"""Tensors that are shards of a whole over processes (DTensor, as FSDP2 has them)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+def _sharded(t: Tensor) -> Any:
+    """The tensor as a DTensor, or None."""
+    if not dist.is_available():
+        return None
+    from torch.distributed.tensor import DTensor
+
+    return t if isinstance(t, DTensor) else None
+
+
+def local(t: Tensor) -> Tensor:
+    """What this process holds of a tensor, sharing its memory."""
+    whole = _sharded(t)
+    return t if whole is None else whole.to_local()
+
+
+def numel(t: Tensor) -> int:
+    """Elements of the whole tensor."""
+    return t.numel()
+
+
+def reducer(params: list[Tensor]) -> Callable[[Tensor], Tensor] | None:
+    """Adds numbers of shards, [params], over the processes that hold the others; None where nothing is sharded.
+
+    One all-reduce for each dimension of a mesh along which tensors are sharded: one, unless a model mixes meshes. To be
+    called on every rank with the same parameters.
+
+    Raises:
+        RuntimeError: a tensor is a partial sum.
+    """
+    wanted: dict[tuple[Any, int], list[int]] = {}
+    for i, p in enumerate(params):
+        whole = _sharded(p)
+        if whole is None:
+            continue
+        for dim, placement in enumerate(whole.placements):
+            if placement.is_partial():
+                raise RuntimeError(f"a parameter is a partial sum over {whole.device_mesh}: expected shards or copies")
+            if placement.is_shard():
+                wanted.setdefault((whole.device_mesh, dim), []).append(i)
+    if not wanted:
+        return None
+
+    def reduce(sums: Tensor) -> Tensor:
+        for (mesh, dim), indices in wanted.items():
+            part = sums[indices]
+            dist.all_reduce(part, group=mesh.get_group(dim))
+            sums[indices] = part
+        return sums
+
+    return reduce

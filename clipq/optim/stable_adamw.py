@@ -1,0 +1,239 @@
+"""StableAdamW: AdamW with AdaFactor's update clipping, for any torch program."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from clipq.kernels.stable_adamw import Hyper, Tensors, foreach, reference
+from clipq.optim.shards import local, numel, reducer
+
+FUSED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class StableAdamW(Optimizer):
+    """AdamW whose update of a tensor is smaller where its second moment is out of date.
+
+    For each tensor RMS_t = sqrt(mean(g_t² / max(û_t, ε²))) is about 1 while the second moment û_t describes the
+    gradients, and large where it underestimates them, as after a sudden change of the learning signal. Learning rate
+    and weight decay of a step are divided by max(1, RMS_t / clip_threshold). Source: Wortsman et al., "Stable and
+    low-precision training for large-scale vision-language models", https://arxiv.org/abs/2304.13013, algorithm 2; the
+    clipping is AdaFactor's (Shazeer and Stern, https://arxiv.org/abs/1804.04235).
+
+    The state has the names and values of `torch.optim.AdamW`'s, so each loads the other's, and is float32 for bf16 and
+    fp16 parameters too. Under FSDP2 (DTensor parameters) the mean runs over the whole tensor, with one all-reduce for
+    all tensors.
+
+    Args:
+        params: parameters, or groups with their own values of what follows.
+        lr: a float, or a tensor for CUDA graphs.
+        betas: decays of the first and second moment. The paper finds β2 below 0.999 better for large models.
+        eps: ε, added to the root of the second moment, and the least that the root of it counts for in RMS_t.
+        weight_decay: decoupled, scaled by the clipped rate.
+        clip_threshold: RMS_t above which a step is clipped; `math.inf` gives AdamW.
+        beta2_power: λ of the schedule β2 = 1 - t^(-λ) in place of a constant β2; None for none.
+        foreach: torch's operators over lists of tensors.
+        fused: two Triton kernels for all tensors; needs CUDA. If neither is given: `fused` where every parameter can
+            be, else `foreach` on CUDA, else tensor by tensor.
+        capturable: keep the steps on the parameters' device, so that a step can be recorded as a CUDA graph; `fused`
+            always does.
+
+    Attributes:
+        rms: RMS_t of the last step, a [] tensor on the device for each parameter that had a gradient.
+    """
+
+    rms: dict[Tensor, Tensor]
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        clip_threshold: float = 1.0,
+        beta2_power: float | None = None,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "clip_threshold": clip_threshold,
+            "beta2_power": beta2_power,
+        }
+        super().__init__(params, defaults)
+        for group in self.param_groups:
+            _check(group)
+        everything = [p for group in self.param_groups for p in group["params"]]
+        self._path = _path(everything, foreach, fused, capturable)
+        self._steps_on_device = capturable or self._path == "fused"
+        self._step_supports_amp_scaling = self._path == "fused"  # what torch.amp.GradScaler asks for
+        self.rms = {}
+        self._caches: dict[torch.device, dict[Any, Any]] = {}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        if hasattr(self, "_path"):  # a group added later
+            _check(self.param_groups[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {  # pyright: ignore[reportAttributeAccessIssue]
+            "_path": self._path,
+            "_steps_on_device": self._steps_on_device,
+            "_step_supports_amp_scaling": self._step_supports_amp_scaling,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.rms, self._caches = {}, {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the state of this optimizer or of `torch.optim.AdamW`; settings that it lacks keep their defaults."""
+        super().load_state_dict(state_dict)
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        own = [p for group in self.param_groups for p in group["params"]]
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        for index, p in zip(saved, own, strict=True):
+            if index not in state_dict["state"]:
+                continue
+            values, state = state_dict["state"][index], self.state[p]
+            state["step"] = self._new_step(p, values["step"])
+            for name in ("exp_avg", "exp_avg_sq"):  # torch casts them to the parameter's type, which may be bf16
+                state[name] = torch.zeros_like(p, dtype=_moment_type(p)).copy_(values[name])
+        self._caches.clear()
+
+    def _new_step(self, p: Tensor, value: Any = 0.0) -> Tensor:
+        """Steps done by a parameter; a tensor of its own."""
+        value = value.item() if isinstance(value, Tensor) else float(value)
+        return torch.tensor(value, dtype=torch.float32, device=p.device if self._steps_on_device else "cpu")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One step. Parameters without a gradient are left alone.
+
+        Raises:
+            RuntimeError: a gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.rms = {}
+        for device in dict.fromkeys(p.device for group in self.param_groups for p in group["params"]):
+            self._step_on(device)
+        return loss
+
+    def _step_on(self, device: torch.device) -> None:
+        params: list[Tensor] = []
+        groups: list[int] = []
+        for number, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                if p.grad is None or p.device != device:
+                    continue
+                if p.grad.is_sparse:
+                    raise RuntimeError(
+                        "StableAdamW: a gradient is sparse, which is not supported; use torch.optim.SparseAdam"
+                    )
+                params.append(p)
+                groups.append(number)
+                if not self.state[p]:
+                    self.state[p] = self._new_state(p)
+        if not params:
+            return
+        states = [self.state[p] for p in params]
+        tensors = Tensors(
+            params=[local(p) for p in params],
+            grads=[local(p.grad) for p in params],  # pyright: ignore[reportArgumentType]
+            exp_avgs=[local(s["exp_avg"]) for s in states],
+            exp_avg_sqs=[local(s["exp_avg_sq"]) for s in states],
+            steps=[s["step"] for s in states],
+            numels=[numel(p) for p in params],
+            groups=groups,
+            hypers=[_hyper(group) for group in self.param_groups],
+            grad_scale=getattr(self, "grad_scale", None),
+            found_inf=getattr(self, "found_inf", None),
+            cache=self._caches.setdefault(device, {}),
+        )
+        rms = _implementation(self._path).step(tensors, reducer(params))
+        self.rms |= dict(zip(params, rms.unbind(), strict=True))
+
+    def _new_state(self, p: Tensor) -> dict[str, Tensor]:
+        zeros = torch.zeros_like(p, dtype=_moment_type(p), memory_format=torch.preserve_format)
+        return {"step": self._new_step(p), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+
+
+def _moment_type(p: Tensor) -> torch.dtype:
+    return torch.float64 if p.dtype is torch.float64 else torch.float32
+
+
+def _hyper(group: dict[str, Any]) -> Hyper:
+    beta1, beta2 = group["betas"]
+    return Hyper(
+        lr=group["lr"],
+        beta1=float(beta1),
+        beta2=float(beta2),
+        beta2_power=group["beta2_power"],
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        clip_threshold=group["clip_threshold"],
+    )
+
+
+def _implementation(path: str) -> Any:
+    if path != "fused":
+        return {"foreach": foreach, "reference": reference}[path]
+    from clipq.kernels.stable_adamw import triton  # only where there is a GPU
+
+    return triton
+
+
+def _path(params: list[Tensor], use_foreach: bool | None, use_fused: bool | None, capturable: bool) -> str:
+    if use_foreach and use_fused:
+        raise ValueError("StableAdamW: foreach and fused are both True: choose one")
+    if use_foreach and capturable:
+        raise ValueError(
+            "StableAdamW: foreach=True reads the steps on the host, which capturable=True forbids: use fused"
+        )
+    bad = next((p for p in params if not _fusable(p)), None)
+    if use_fused and bad is not None:
+        raise ValueError(
+            "StableAdamW: fused=True needs dense float32, bfloat16 or float16 parameters on CUDA, and one is "
+            f"{bad.dtype} on {bad.device} with strides {bad.stride()}: leave fused out"
+        )
+    if use_fused or (use_fused is None and not use_foreach and params and bad is None):
+        return "fused"
+    on_cuda = bool(params) and all(p.is_cuda for p in params)
+    return "foreach" if use_foreach or (use_foreach is None and on_cuda and not capturable) else "reference"
+
+
+def _fusable(p: Tensor) -> bool:
+    """Whether the kernels, which go through memory in its order, can take the parameter."""
+    return p.is_cuda and p.dtype in FUSED_TYPES and torch.empty_like(local(p)).stride() == local(p).stride()
+
+
+def _check(group: dict[str, Any]) -> None:
+    """Raises ValueError for a setting that makes no sense."""
+    lr, (beta1, beta2) = group["lr"], group["betas"]
+    expected = {
+        "lr": (isinstance(lr, Tensor) or 0 <= lr < math.inf, "a finite rate, 0 or more"),
+        "betas": (0 <= beta1 < 1 and 0 <= beta2 < 1, "two decays in [0, 1)"),
+        "eps": (0 < group["eps"] < math.inf, "a positive, finite number"),
+        "weight_decay": (0 <= group["weight_decay"] < math.inf, "a finite number, 0 or more"),
+        "clip_threshold": (group["clip_threshold"] > 0, "a positive number, or math.inf for no clipping"),
+        "beta2_power": (group["beta2_power"] is None or group["beta2_power"] > 0, "a positive power, or None"),
+    }
+    for name, (right, what) in expected.items():
+        if not right:
+            raise ValueError(f"StableAdamW: {name}={group[name]}: expected {what}")

@@ -1,0 +1,360 @@
+"""StableAdamW against the paper's algorithm, torch's AdamW and optimi's; its state, groups and odd parameters."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+from typing import Any
+
+import numpy as np
+import optimi
+import pytest
+import torch
+from torch import Tensor, nn
+
+from clipq.optim.stable_adamw import StableAdamW
+
+SHAPES = [(3, 4), (), (5,), (0,), (2, 3, 4), (1, 2, 1, 3, 2)]
+PATHS = {"reference": {"foreach": False}, "foreach": {"foreach": True}}
+each_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+SHOCK = 100
+"""Step at which gradients grow a hundredfold, so that the update is clipped."""
+
+
+def parameters(dtype: torch.dtype = torch.float64, shapes: Any = SHAPES) -> list[nn.Parameter]:
+    g = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(s, generator=g, dtype=torch.float64).to(dtype)) for s in shapes]
+
+
+def gradients(step: int, params: list[nn.Parameter]) -> list[Tensor]:
+    g = torch.Generator().manual_seed(step)
+    size = 100.0 if step >= SHOCK else 1.0
+    return [(torch.randn(p.shape, generator=g, dtype=torch.float64) * size).to(p.dtype) for p in params]
+
+
+def run(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], steps: int, first: int = 1) -> list[list[float]]:
+    """RMS of each tensor at each step, where the optimizer has it."""
+    seen = []
+    for step in range(first, first + steps):
+        for p, grad in zip(params, gradients(step, params), strict=True):
+            p.grad = grad
+        optimizer.step()
+        seen.append([optimizer.rms[p].item() for p in params] if isinstance(optimizer, StableAdamW) else [])
+    return seen
+
+
+def assert_equal(found: list[nn.Parameter], expected: list[Any], tolerance: float) -> None:
+    for a, b in zip(found, expected, strict=True):
+        b = torch.as_tensor(b).detach()
+        torch.testing.assert_close(a.detach().double(), b.double(), rtol=tolerance, atol=tolerance)
+
+
+class Transcription:
+    """Algorithm 2 of the paper as it is written there, in numpy, with debiased decays."""
+
+    def __init__(self, lr: float, beta1: float, beta2: float, eps: float, decay: float) -> None:
+        self.lr, self.beta1, self.beta2, self.eps, self.decay = lr, beta1, beta2, eps, decay
+
+    def run(self, theta: np.ndarray, grads: list[np.ndarray]) -> tuple[np.ndarray, list[float]]:
+        v, u = np.zeros_like(theta), np.zeros_like(theta)
+        seen = []
+        for t, g in enumerate(grads, start=1):
+            hat1 = self.beta1 * (1 - self.beta1 ** (t - 1)) / (1 - self.beta1**t)
+            hat2 = self.beta2 * (1 - self.beta2 ** (t - 1)) / (1 - self.beta2**t)
+            v = hat1 * v + (1 - hat1) * g
+            u = hat2 * u + (1 - hat2) * g**2
+            rms = math.sqrt(np.mean(g**2 / np.maximum(u, self.eps**2))) if g.size else 0.0
+            eta = self.lr / max(1.0, rms)
+            theta = theta - eta * self.decay * theta - eta * v / (np.sqrt(u) + self.eps)
+            seen.append(rms)
+        return theta, seen
+
+
+@each_path
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("beta2", [0.999, 0.95, 0.0])
+def test_the_algorithm_of_the_paper(path, dtype, tolerance, beta2) -> None:
+    steps = 200
+    params = parameters(dtype)
+    start = [p.detach().double().numpy().copy() for p in params]
+    per_step = [gradients(s, params) for s in range(1, steps + 1)]
+    seen = run(StableAdamW(params, lr=1e-3, betas=(0.9, beta2), eps=1e-6, weight_decay=0.1, **path), params, steps)
+    for i, p in enumerate(params):
+        grads = [g[i].double().numpy() for g in per_step]
+        expected, rms = Transcription(1e-3, 0.9, beta2, 1e-6, 0.1).run(start[i], grads)
+        np.testing.assert_allclose(p.detach().double().numpy(), expected, rtol=tolerance, atol=tolerance)
+        np.testing.assert_allclose([s[i] for s in seen], rms, rtol=max(1e-5, tolerance), atol=1e-6)
+    clipped = [max(s) for s in seen]
+    assert beta2 == 0 or max(clipped) > 3, "nothing was clipped: this would pass for plain AdamW too"
+
+
+@each_path
+def test_no_clipping_is_adamw(path) -> None:
+    ours, theirs = parameters(), parameters()
+    settings = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+    run(StableAdamW(ours, clip_threshold=math.inf, **settings, **path), ours, 200)
+    run(torch.optim.AdamW(theirs, foreach=False, **settings), theirs, 200)
+    assert_equal(ours, theirs, 1e-10)
+
+
+@each_path
+def test_optimi(path) -> None:
+    """optimi has no empty tensors and no ε² of its own choice: where both are defined they agree."""
+    shapes = [s for s in SHAPES if s != (0,)]
+    ours, theirs = parameters(torch.float32, shapes), parameters(torch.float32, shapes)
+    settings = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}
+    run(StableAdamW(ours, **settings, **path), ours, 200)
+    run(optimi.StableAdamW(theirs, foreach=False, **settings), theirs, 200)
+    assert_equal(ours, theirs, 2e-6)
+
+
+@each_path
+def test_schedule_of_beta2(path) -> None:
+    params = parameters(shapes=[(7, 3)])
+    theta = params[0].detach().numpy().copy()
+    m, u = np.zeros_like(theta), np.zeros_like(theta)
+    for t in range(1, 31):
+        g = gradients(t, params)[0].numpy()
+        beta2 = 1 - t**-0.8
+        m, u = 0.9 * m + 0.1 * g, beta2 * u + (1 - beta2) * g**2
+        rms = math.sqrt(np.mean(g**2 / np.maximum(u, 1e-12)))
+        theta = theta - 1e-2 / max(1.0, rms / 0.7) * (m / (1 - 0.9**t)) / (np.sqrt(u) + 1e-6)
+    run(StableAdamW(params, lr=1e-2, betas=(0.9, 0.5), beta2_power=0.8, clip_threshold=0.7, **path), params, 30)
+    np.testing.assert_allclose(params[0].detach().numpy(), theta, rtol=1e-10)
+
+
+@each_path
+def test_groups_have_their_own_settings(path) -> None:
+    own = [
+        {"lr": 1e-2, "weight_decay": 0.1},
+        {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-3},
+        {"clip_threshold": math.inf},
+        {"clip_threshold": 0.1, "beta2_power": 0.5},
+    ]
+    shapes = [(4, 3), (6,), (2, 2), ()]
+    together = parameters(shapes=shapes)
+    run(StableAdamW([{"params": [p], **o} for p, o in zip(together, own, strict=True)], **path), together, 20)
+    for i, settings in enumerate(own):
+        alone = parameters(shapes=shapes)
+        run(StableAdamW([alone[i]], **settings, **path), [alone[i]], 0)
+        optimizer = StableAdamW([alone[i]], **settings, **path)
+        for step in range(1, 21):
+            alone[i].grad = gradients(step, alone)[i]
+            optimizer.step()
+        assert torch.equal(alone[i], together[i])
+
+
+@each_path
+def test_missing_and_zero_gradients(path) -> None:
+    params = parameters(torch.float32)
+    before = [p.detach().clone() for p in params]
+    optimizer = StableAdamW(params, lr=1e-2, weight_decay=0.0, **path)
+    optimizer.step()
+    assert not optimizer.state
+    assert not optimizer.rms
+    params[0].grad = torch.zeros(3, 4)
+    params[2].grad = torch.ones(5)
+    optimizer.step()
+    assert torch.equal(params[0], before[0]), "a gradient of zero at the first step moves nothing"
+    assert optimizer.rms[params[0]] == 0
+    assert [torch.equal(p, b) for p, b in zip(params, before, strict=True)] == [True, True, False, True, True, True]
+    params[2].grad = None
+    params[1].grad = torch.ones(())
+    optimizer.step()
+    # each parameter counts its own steps
+    assert [optimizer.state[p]["step"].item() for p in params[:3]] == [2, 1, 1]
+    assert set(optimizer.rms) == {params[0], params[1]}
+
+
+@each_path
+def test_gradients_are_not_changed(path) -> None:
+    params = parameters(torch.float32)
+    optimizer = StableAdamW(params, weight_decay=0.1, **path)
+    for p, g in zip(params, gradients(SHOCK, params), strict=True):
+        p.grad = g
+    kept = [p.grad.clone() for p in params if p.grad is not None]
+    optimizer.step()
+    assert all(torch.equal(p.grad, k) for p, k in zip(params, kept, strict=True) if p.grad is not None)
+
+
+@each_path
+def test_strides_do_not_matter(path) -> None:
+    """Transposed, sliced and channels-last parameters, and gradients laid out in another way than they are."""
+    base = [torch.randn(4, 6), torch.randn(8, 10), torch.randn(2, 3, 4, 4)]
+    views = [base[0].t(), base[1][::2, 1:7], base[2].to(memory_format=torch.channels_last)]
+    strided, plain = [nn.Parameter(v) for v in views], [nn.Parameter(v.contiguous().clone()) for v in views]
+    first, second = StableAdamW(strided, lr=1e-2, **path), StableAdamW(plain, lr=1e-2, **path)
+    for step in range(1, 6):
+        for p, q, g in zip(strided, plain, gradients(step, plain), strict=True):
+            p.grad, q.grad = g, g
+        first.step()
+        second.step()
+    for p, q in zip(strided, plain, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+
+
+@each_path
+def test_bf16_parameters_have_float32_moments(path) -> None:
+    params, wide = parameters(torch.bfloat16), parameters(torch.bfloat16)
+    wide = [nn.Parameter(p.detach().float()) for p in wide]
+    optimizer, other = StableAdamW(params, lr=1e-2, **path), StableAdamW(wide, lr=1e-2, **path)
+    for step in range(1, 11):
+        for p, q, g in zip(params, wide, gradients(step, params), strict=True):
+            p.grad, q.grad = g, g.float()
+        optimizer.step()
+        other.step()
+        for p, q in zip(params, wide, strict=True):
+            assert torch.equal(p, q.bfloat16()), "one step is the float32 step, rounded"
+            q.data.copy_(p)
+    for p in params:
+        assert p.dtype is torch.bfloat16
+        assert optimizer.state[p]["exp_avg"].dtype is optimizer.state[p]["exp_avg_sq"].dtype is torch.float32
+    loaded = StableAdamW(params, **path)
+    loaded.load_state_dict(optimizer.state_dict())
+    for p in params:
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert loaded.state[p][name].dtype is torch.float32
+            assert torch.equal(loaded.state[p][name], optimizer.state[p][name])
+
+
+@pytest.mark.parametrize("first", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize("second", PATHS.values(), ids=PATHS)
+def test_state_goes_from_path_to_path_and_through_a_file(first, second) -> None:
+    params, whole = parameters(torch.float32), parameters(torch.float32)
+    run(StableAdamW(whole, lr=1e-2, weight_decay=0.1, **first), whole, 130)
+    optimizer = StableAdamW(params, lr=1e-2, weight_decay=0.1, **first)
+    run(optimizer, params, 90)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    other = StableAdamW(params, **second)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    run(other, params, 40, first=91)
+    assert_equal(params, whole, 1e-6 if first != second else 0)
+
+
+def test_state_goes_to_and_from_adamw() -> None:
+    settings = {"lr": 1e-2, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.1}
+    expected, params = parameters(), parameters()
+    run(torch.optim.AdamW(expected, **settings), expected, 60)
+    first, second, third = (
+        torch.optim.AdamW(params, **settings),
+        StableAdamW(params, clip_threshold=math.inf),
+        torch.optim.AdamW(params, **settings),
+    )
+    run(first, params, 20)
+    second.load_state_dict(first.state_dict())
+    assert second.param_groups[0]["clip_threshold"] == math.inf, "AdamW has no such setting"
+    assert second.param_groups[0]["betas"] == (0.9, 0.98)
+    run(second, params, 20, first=21)
+    third.load_state_dict(second.state_dict())
+    run(third, params, 20, first=41)
+    assert_equal(params, expected, 1e-10)
+
+
+@each_path
+def test_not_finite_gradients_are_not_hidden(path) -> None:
+    params = parameters(torch.float32, [(4,), (4,)])
+    optimizer = StableAdamW(params, **path)
+    for p in params:
+        p.grad = torch.ones(4)
+    params[0].grad = torch.tensor([1.0, math.nan, 1.0, 1.0])
+    optimizer.step()
+    assert optimizer.rms[params[0]].isnan()
+    assert params[0].isnan().all(), "the rate of the whole tensor is lost"
+    assert params[1].isfinite().all()
+
+
+def test_closures_schedulers_and_scalers() -> None:
+    p = nn.Parameter(torch.tensor([3.0]))
+    optimizer = StableAdamW([p], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 9
+    scheduler.step()
+    before = p.item()
+    optimizer.step(closure)
+    assert abs(before - p.item()) == pytest.approx(0.05, rel=0.05)
+    scaler = torch.amp.GradScaler("cpu")
+    for size, moves in ((1.0, True), (math.inf, False)):
+        before = p.item()
+        optimizer.zero_grad()
+        scaler.scale(p.sum() * size).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert (p.item() != before) is moves
+
+
+@each_path
+def test_rate_as_a_tensor(path) -> None:
+    ours, theirs = parameters(torch.float32), parameters(torch.float32)
+    rate = torch.tensor(1e-2)
+    first, second = StableAdamW(ours, lr=rate, **path), StableAdamW(theirs, lr=1e-2, **path)
+    run(first, ours, 3)
+    run(second, theirs, 3)
+    rate.fill_(1e-3)
+    second.param_groups[0]["lr"] = 1e-3
+    run(first, ours, 3, first=4)
+    run(second, theirs, 3, first=4)
+    assert_equal(ours, theirs, 1e-7)
+
+
+def test_copies_and_pickles() -> None:
+    params = parameters(torch.float32)
+    optimizer = StableAdamW(params, lr=1e-2)
+    run(optimizer, params, 3)
+    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        own = other.param_groups[0]["params"]
+        run(other, own, 2, first=4)
+        mine = [nn.Parameter(p.detach().clone()) for p in params]
+        again = StableAdamW(mine, lr=1e-2)
+        again.load_state_dict(optimizer.state_dict())
+        run(again, mine, 2, first=4)
+        assert_equal(own, mine, 0)
+
+
+def test_a_group_added_later() -> None:
+    params = parameters(torch.float32, [(3,), (4,)])
+    optimizer = StableAdamW(params[:1], lr=1e-2)
+    run(optimizer, params[:1], 2)
+    optimizer.add_param_group({"params": params[1:], "lr": 1e-3})
+    run(optimizer, params, 2, first=3)
+    assert optimizer.state[params[1]]["step"].item() == 2
+    with pytest.raises(ValueError, match="eps=0"):
+        optimizer.add_param_group({"params": parameters(torch.float32, [(2,)]), "eps": 0})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": -1.0}, "lr=-1.0: expected"),
+        ({"lr": math.nan}, "lr=nan"),
+        ({"betas": (1.0, 0.9)}, "betas="),
+        ({"betas": (0.9, -0.1)}, "betas="),
+        ({"eps": 0.0}, "eps=0.0"),
+        ({"weight_decay": math.inf}, "weight_decay=inf"),
+        ({"clip_threshold": 0.0}, "clip_threshold=0.0"),
+        ({"beta2_power": 0.0}, "beta2_power=0.0"),
+        ({"foreach": True, "fused": True}, "choose one"),
+        ({"foreach": True, "capturable": True}, "capturable"),
+        ({"fused": True}, "float32 on cpu"),
+    ],
+)
+def test_wrong_settings(settings, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        StableAdamW(parameters(torch.float32), **settings)
+
+
+def test_sparse_gradients() -> None:
+    embedding = nn.Embedding(4, 2, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse"):
+        StableAdamW(embedding.parameters()).step()
