@@ -28,6 +28,19 @@ def test_the_pages_say_what_was_recorded() -> None:
     assert "| Tiny ImageNet" in (ROOT / "README.md").read_text(), "the table is there at all"
 
 
+def test_the_optimizer_in_another_training_script() -> None:
+    """The example of docs/stability.md."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "stability.md").read_text(), re.S)
+    model = torch.nn.Linear(3, 1)
+    names = {"model": model}
+    exec(code, names)
+    optimizer, before = names["optimizer"], model.weight.detach().clone()
+    model(torch.randn(8, 3)).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(model.weight, before)
+    assert optimizer.rms[model.weight].item() == pytest.approx(1, rel=1e-3)
+
+
 def test_the_two_lines_for_other_training_scripts_work() -> None:
     """The example of docs/low_precision.md, on a plain ViT of timm."""
     page = (ROOT / "docs" / "low_precision.md").read_text()

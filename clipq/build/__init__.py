@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clipq.build.backend import AUTOCAST, compile_blocks, convert, wants_graph
-from clipq.config.choices import Precision, TaskKind, Wandb
+from clipq.config.choices import Optimizer, Precision, TaskKind, Wandb
 from clipq.config.groups import (
     BackendConfig,
     CaptionConfig,
@@ -45,6 +45,7 @@ from clipq.log.meters import flops_per_pair
 from clipq.log.writers import JsonlWriter, TensorBoardWriter, WandbWriter, Writer
 from clipq.model.clip import ClipModel, Preprocess, create_model
 from clipq.optim.groups import decay_groups
+from clipq.optim.stable_adamw import StableAdamW
 from clipq.train.checkpoint import Checkpoints, load, newest
 from clipq.train.graph import Graphed
 from clipq.train.loop import Normalize, Run, forward_backward
@@ -90,12 +91,17 @@ def build_captions(config: CaptionConfig) -> Captions:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        decay_groups(model, config.weight_decay),
+    groups = decay_groups(model, config.weight_decay)
+    betas = (config.beta1, config.beta2)
+    if config.name is Optimizer.adamw:
+        return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+    return StableAdamW(
+        groups,
         lr=config.lr,
-        betas=(config.beta1, config.beta2),
+        betas=betas,
         eps=config.eps,
-        fused=True,
+        clip_threshold=config.clip_threshold,
+        beta2_power=config.beta2_power,
     )
 
 

@@ -47,6 +47,11 @@ class Switch(Enum):
     off = "off"
 
 
+class Optimizer(Enum):
+    adamw = "adamw"
+    stable_adamw = "stable_adamw"
+
+
 class Decay(Enum):
     cosine = "cosine"
     constant = "constant"

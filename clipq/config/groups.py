@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from clipq.config.choices import Decay, Fp8, Precision, Recipe, Strategy, Switch, TaskKind, Wandb
+from clipq.config.choices import Decay, Fp8, Optimizer, Precision, Recipe, Strategy, Switch, TaskKind, Wandb
 
 
 class ConfigError(ValueError):
@@ -177,8 +177,9 @@ class BackendConfig:
 
 @dataclass
 class OptimConfig:
-    name: str = "adamw"
-    """Optimizer: adamw."""
+    name: Optimizer = Optimizer.adamw
+    """adamw is torch's, fused; stable_adamw clips each tensor's update by how much its second moment is out of date
+    (docs/stability.md)."""
     lr: float = 1e-3
     """Peak learning rate."""
     beta1: float = 0.9
@@ -191,9 +192,12 @@ class OptimConfig:
     """Decoupled weight decay; gains, biases and the logit scale have none."""
     clip_norm: float | None = None
     """Clip the global gradient norm to this; None does not clip."""
+    clip_threshold: float = 1.0
+    """For stable_adamw: RMS_t above which a tensor's step is clipped; `inf` gives AdamW."""
+    beta2_power: float | None = None
+    """For stable_adamw: λ of the schedule beta2 = 1 - t^(-λ), which replaces `beta2`; None for a constant beta2."""
 
     def __post_init__(self) -> None:
-        require(self.name == "adamw", f"optim.name={self.name!r}: expected one of adamw")
         require(0 < self.lr < math.inf, f"optim.lr={self.lr}: expected a positive, finite learning rate")
         for name in ("beta1", "beta2"):
             b = getattr(self, name)
@@ -207,6 +211,19 @@ class OptimConfig:
             self.clip_norm is None or self.clip_norm > 0,
             f"optim.clip_norm={self.clip_norm}: expected a positive norm, or null for no clipping",
         )
+        require(
+            self.clip_threshold > 0,
+            f"optim.clip_threshold={self.clip_threshold}: expected a positive number, or inf for no clipping",
+        )
+        require(
+            self.beta2_power is None or 0 < self.beta2_power < math.inf,
+            f"optim.beta2_power={self.beta2_power}: expected a positive power, or null for a constant beta2",
+        )
+        for name, default in (("clip_threshold", 1.0), ("beta2_power", None)):
+            require(
+                self.name is Optimizer.stable_adamw or getattr(self, name) == default,
+                f"optim.{name}={getattr(self, name)} with optim.name={self.name.value}: only optim=stable_adamw has it",
+            )
 
 
 @dataclass

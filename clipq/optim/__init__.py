@@ -1,0 +1,5 @@
+"""Optimizers for any torch program."""
+
+from clipq.optim.stable_adamw import StableAdamW
+
+__all__ = ["StableAdamW"]

@@ -57,6 +57,12 @@ MISTAKES = {
     ),
     "nothing to skip": (["backend.skip=auto"], ["backend.skip=auto", "nothing to skip"]),
     "CUDA graph on a CPU": (["backend.cuda_graph=on", "device=cpu"], ["backend.cuda_graph=on needs a CUDA GPU"]),
+    "setting of another optimizer": (
+        ["optim.clip_threshold=2"],
+        ["optim.clip_threshold=2", "optim.name=adamw", "only optim=stable_adamw"],
+    ),
+    "no threshold": (["optim=stable_adamw", "optim.clip_threshold=0"], ["optim.clip_threshold=0", "inf"]),
+    "unknown optimizer": (["optim=lion"], ["optim", "lion", "stable_adamw"]),
     "infinite learning rate": (["optim.lr=inf"], ["optim.lr=inf", "finite"]),
     "no number": (["optim.weight_decay=nan"], ["optim.weight_decay=nan", "finite"]),
     "infinite logit scale": (["max_logit_scale=inf"], ["max_logit_scale=inf"]),
