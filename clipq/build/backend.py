@@ -46,9 +46,11 @@ def convert(clip: ClipModel, config: BackendConfig, *, pairs: int, training: boo
         )
     table = speed_table(config.skip, next(clip.model.parameters()).device)
     slow = slow_layers(clip, recipe.name, table, pairs=pairs, training=training) if table is not None else {}
-    report = convert_linears(
-        clip.model, recipe, filter=lambda name, _: name in inside, skip=lambda name, _: slow.get(name)
-    )
+
+    def wanted(name: str, _: nn.Linear) -> bool | str:
+        return slow.get(name, name in inside or "it lies outside of the transformer blocks")
+
+    report = convert_linears(clip.model, recipe, filter=wanted)
     for line in report.lines():
         log.info("%s", line)
 

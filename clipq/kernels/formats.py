@@ -11,6 +11,9 @@ QMAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.
 TINY = 1e-30
 """A slice whose magnitudes are all at most this is taken for zero: the inverse of its scale would overflow."""
 
+MOST_TERMS = 131072
+"""Products of int8 whose sum is sure to fit into int32: 127² of them are less than 2³¹."""
+
 ALIGN = 128
 """Rows of a transposed matrix start at multiples of so many bytes: TMA asks for 16, and a line of the cache has 128."""
 

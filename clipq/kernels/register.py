@@ -54,6 +54,8 @@ def implementation(device: torch.device | str, dtype: torch.dtype = torch.int8) 
     """
     device = torch.device(device)
     check_dtype(dtype)
+    if device.type not in ("cpu", "cuda", "meta"):
+        raise RuntimeError(f"{device}: low precision is implemented for CUDA, and for the CPU to test with")
     if device.type != "cuda":
         return "reference"
     capability = torch.cuda.get_device_capability(device)

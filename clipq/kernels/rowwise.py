@@ -14,10 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from clipq.kernels.formats import TINY
 from clipq.kernels.launch import launch
 
 # Adding 1.5 · 2^23 to a float32 of at most 2^22 rounds it half to even and leaves the integer in the low bits.
 MAGIC = tl.constexpr(12582912.0)
+LEAST = tl.constexpr(TINY)
 
 
 @triton.jit
@@ -52,8 +54,8 @@ def rows_absmax(x0, x1):
 
 @triton.jit
 def inverse_scale(amax, QMAX: tl.constexpr):
-    """What to multiply by before rounding; 0 where nothing can be represented (all of it below 1e-30)."""
-    return tl.where(amax > 1e-30, QMAX / amax, 0.0)
+    """What to multiply by before rounding; 0 where all of it is taken for zero."""
+    return tl.where(amax > LEAST, QMAX / amax, 0.0)
 
 
 @triton.jit

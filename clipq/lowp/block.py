@@ -43,6 +43,14 @@ def _passes(module: nn.Module) -> bool:
     return isinstance(module, nn.Identity)
 
 
+def _needs_its_own_call(module: nn.Module) -> str | None:
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(module, name) for name in hooks):
+        return "has hooks"
+    made = isinstance(module, nn.Linear) and "weight" not in module._parameters
+    return "computes its weight (pruning, weight norm)" if made else None
+
+
 def fuse(block: Any) -> str | None:
     """Makes a block (`clipq.model.block.Block`) whose four linear layers are in low precision a fused one, in place.
 
@@ -50,12 +58,19 @@ def fuse(block: Any) -> str | None:
         None, or why it cannot be fused; the block is then as it was.
     """
     pairs = {pair.linear: pair for pair in block.pairs()}
+    recipe = block.attn.in_proj.recipe if isinstance(block.attn.in_proj, LowpLinear) else None
     for name in block.linears():
         layer = block.get_submodule(name)
         if not isinstance(layer, LowpLinear):
             return f"{name} is not in low precision"
+        if layer.recipe != recipe:
+            return f"{name} follows another recipe than attn.in_proj"
         if not layer.recipe.fusable:
             return f"recipe {layer.recipe.name} does not quantize row by row with 16-bit weight gradients"
+    for name in ("ln_1", "ln_2", "attn.in_proj", "mlp.c_fc", "mlp.act", "mlp.c_proj"):
+        why = _needs_its_own_call(block.get_submodule(name))
+        if why is not None:
+            return f"{name} {why}, and a fused block does not call it"
     for name in ("attn.in_proj", "mlp.c_fc"):
         norm = block.get_submodule(pairs[name].producer)
         if not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:

@@ -51,8 +51,7 @@ def convert_linears(
     model: nn.Module,
     recipe: str | LinearRecipe,
     *,
-    filter: Callable[[str, nn.Linear], bool] | None = None,
-    skip: Callable[[str, nn.Linear], str | None] | None = None,
+    filter: Callable[[str, nn.Linear], bool | str] | None = None,
 ) -> ConversionReport:
     """Turns the linear layers of a model into low-precision ones, in place; its state dict stays as it is.
 
@@ -60,9 +59,8 @@ def convert_linears(
 
     Args:
         recipe: a name in `clipq.lowp.RECIPES` or a recipe of your own. "bf16" converts nothing.
-        filter: gets name and layer; what it returns False for is left as it is. The paper converts only the layers
-            inside of transformer blocks: leave out heads and embeddings.
-        skip: gets name and layer; a text is why the layer is left as it is, for the report.
+        filter: gets name and layer, and returns whether to convert it; a text leaves it as it is and says in the report
+            why. The paper converts only the layers inside of transformer blocks: leave out heads and embeddings.
 
     Returns:
         What was converted and what was not, and why.
@@ -75,6 +73,8 @@ def convert_linears(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     report = ConversionReport(recipe.name, _implementation(recipe, device))
     if recipe.output is None:
+        layers = ((n, m) for n, m in model.named_modules() if isinstance(m, LowpLinear))
+        report.kept.update({name: f"it follows recipe {layer.recipe.name} already" for name, layer in layers})
         return report
     attention = {
         f"{name}.out_proj".lstrip(".") for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)
@@ -82,14 +82,17 @@ def convert_linears(
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, nn.Linear):
             continue
-        why = _obstacle(name, layer, attention, filter) or (skip(name, layer) if skip else None)
+        why = _obstacle(name, layer, attention, filter)
         if why is None:
             LowpLinear.from_linear(layer, recipe)
             report.converted.append(name)
         else:
             report.kept[name] = why
     for name, block in list(model.named_modules()):
-        if getattr(block, "fused", ...) is None:  # one of clipq's blocks, not fused yet
+        if isinstance(block, nn.TransformerEncoderLayer):
+            # Evaluating, torch would hand the weights of linear1 and linear2 to a kernel of its own, in 16 bits.
+            block.activation_relu_or_gelu = 0
+        if getattr(block, "fused", ...) is None and hasattr(block, "pairs"):  # one of clipq's blocks, not fused yet
             why = fuse(block)
             if why is None:
                 report.fused.append(name)
@@ -105,7 +108,7 @@ def _implementation(recipe: LinearRecipe, device: torch.device) -> str:
 
 
 def _obstacle(
-    name: str, layer: nn.Linear, attention: set[str], filter: Callable[[str, nn.Linear], bool] | None
+    name: str, layer: nn.Linear, attention: set[str], filter: Callable[[str, nn.Linear], bool | str] | None
 ) -> str | None:
     if name in attention:
         return "nn.MultiheadAttention reads the weights itself and never calls the layer"
@@ -113,9 +116,10 @@ def _obstacle(
         return f"it follows recipe {layer.recipe.name} already"
     if type(layer) is not nn.Linear:
         return f"it is a subclass of nn.Linear ({type(layer).__name__})"
-    if filter is not None and not filter(name, layer):
-        return "the filter leaves it out"
-    return None
+    wanted = True if filter is None else filter(name, layer)
+    if isinstance(wanted, str):
+        return wanted
+    return None if wanted else "the filter leaves it out"
 
 
 @contextmanager
@@ -128,15 +132,24 @@ def quantized_once(model: nn.Module) -> Iterator[None]:
     Raises:
         RuntimeError: a weight was changed inside of the block, so that later forwards used an old one.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, LowpLinear)}
+    layers = {
+        name: m
+        for name, m in model.named_modules()
+        # a weight that pruning or weight norm computes in each forward is no parameter, and new each time
+        if isinstance(m, LowpLinear) and "weight" in m._parameters
+    }
     versions = {name: layer.weight._version for name, layer in layers.items()}
+    before = {name: (layer._held, layer._holding) for name, layer in layers.items()}
     for layer in layers.values():
-        layer._held = quantize_weight(layer.weight.detach(), layer.recipe)
+        layer._holding = True
+        if layer._held is None and not hasattr(layer.weight, "full_tensor"):
+            layer._held = quantize_weight(layer.weight.detach(), layer.recipe)
+        # what FSDP has sharded is whole in the first forward, and is quantized and held there
     try:
         yield
     finally:
-        for layer in layers.values():
-            layer._held = None
+        for name, layer in layers.items():
+            layer._held, layer._holding = before[name]
     changed = [name for name, layer in layers.items() if layer.weight._version != versions[name]]
     if changed:
         raise RuntimeError(

@@ -2,7 +2,8 @@
 
 The value that a norm or an activation hands to a linear layer is quantized where it is computed, and so is the gradient
 that the activation hands back: no kernel reads these only to quantize them. A fused layer gives what its parts give one
-after another, but for the order of float32 sums in the norm.
+after another, but for the order of float32 sums in the norm, and with fewer roundings to 16 bits: a residual is added
+before the one of the output.
 
 Shape suffixes: b rows (tokens), n inputs, m outputs, h hidden width of an MLP.
 """
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from clipq import kernels
 from clipq.lowp.linear import LowpLinear, dequantize, unflatten
@@ -57,6 +59,7 @@ class _NormProjections(torch.autograd.Function):
         return *unflatten(out_bm, x).chunk(3, -1), x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         saved = ctx.saved_tensors  # read once: checkpointing computes them anew at each reading
         x_bn, *norm, w_qt, w_qt_scale = saved[:7]
@@ -67,7 +70,7 @@ class _NormProjections(torch.autograd.Function):
         )
         dy_bn = multiply(Quantized(q, scale), Quantized(w_qt, w_qt_scale), out_dtype=ctx.dtype, simulated=False)
         dx, *dnorm, y_bn = _norm_backward(ctx, dy_bn, x_bn, norm, residual_bn, saved[7:])
-        dw = weight_gradient(g_bm, y_bn, None, simulated=False).to(ctx.weight_dtype)
+        dw = _weight_gradient(ctx, 4, g_bm, y_bn)
         db = None if ctx.bias_dtype is None else sums_m.to(ctx.bias_dtype)
         return unflatten(dx, grads[3]), *dnorm, None, dw, db, *(None,) * 6
 
@@ -131,6 +134,7 @@ class _NormMlp(torch.autograd.Function):
         return out if add else (out, x.view_as(x))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         saved = ctx.saved_tensors
         x_bn, *norm, h_bh, fc_qt, fc_qt_scale, proj_qt, proj_qt_scale = saved[:10]
@@ -146,15 +150,22 @@ class _NormMlp(torch.autograd.Function):
             da_bh, h_bh, quick=ctx.quick, dtype=backward, keep=ctx.recipe.saved is Saved.recomputed
         )
         a_bh = _kept(ctx, kept[half:], a_bh)
-        dw_nh = weight_gradient(g_bn, a_bh, None, simulated=False).to(ctx.weight_dtype)
+        dw_nh = _weight_gradient(ctx, 10, g_bn, a_bh)
         dy_bn = multiply(Quantized(q, scale), Quantized(fc_qt, fc_qt_scale), out_dtype=ctx.dtype, simulated=False)
         dx, *dnorm, y_bn = _norm_backward(ctx, dy_bn, x_bn, norm, residual_bn, kept[:half])
-        dw_hn = weight_gradient(dh_bh, y_bn, None, simulated=False).to(ctx.weight_dtype)
+        dw_hn = _weight_gradient(ctx, 4, dh_bh, y_bn)
         db_h, db_n = (
             None if dtype is None else sums.to(dtype)
             for dtype, sums in zip(ctx.bias_dtypes, (sums_h, sums_n), strict=True)
         )
         return unflatten(dx, grads[0]), *dnorm, None, dw_hn, db_h, *(None,) * 4, dw_nh, db_n, *(None,) * 8
+
+
+def _weight_gradient(ctx: Any, place: int, g_bm: Tensor, x_bn: Tensor) -> Tensor | None:
+    """Gradient of the weight at this place among the arguments; None where it is frozen."""
+    if not ctx.needs_input_grad[place]:
+        return None
+    return weight_gradient(g_bm, x_bn, None, simulated=False).to(ctx.weight_dtype)
 
 
 def _types(recipe: LinearRecipe) -> tuple[torch.dtype, torch.dtype]:

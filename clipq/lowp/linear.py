@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from clipq import kernels
 from clipq.lowp.products import (
@@ -17,7 +18,7 @@ from clipq.lowp.products import (
     quantize_weight,
     weight_gradient,
 )
-from clipq.lowp.recipe import LinearRecipe, Saved, Scales
+from clipq.lowp.recipe import LinearRecipe, Saved, Scales, get_recipe
 
 
 class _Linear(torch.autograd.Function):
@@ -57,6 +58,7 @@ class _Linear(torch.autograd.Function):
         return unflatten(y_bm, x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         recipe: LinearRecipe = ctx.recipe
         assert recipe.grad_input is not None
@@ -109,7 +111,20 @@ def linear(
 
     Returns:
         [..., m] of autocast's type, or of x's where autocast is off.
+
+    Raises:
+        TypeError: x is not of a real floating type.
+        ValueError: x has no dimension, the residual another shape than the output, or the recipe is of 16 bits.
     """
+    if not x.is_floating_point():
+        raise TypeError(f"low-precision linear layer: input of {x.dtype}, expected a real floating type")
+    if x.ndim == 0 or recipe.output is None:
+        raise ValueError(f"low-precision linear layer: input of shape {tuple(x.shape)}, recipe {recipe.name}")
+    if residual is not None and residual.shape != (*x.shape[:-1], weight.shape[0]):
+        raise ValueError(
+            f"low-precision linear layer: residual of shape {tuple(residual.shape)}, expected "
+            f"{(*x.shape[:-1], weight.shape[0])}"
+        )
     w = quantize_weight(weight.detach(), recipe) if quantized is None else quantized
     if x.ndim == 1:
         residual = None if residual is None else residual[None]
@@ -120,27 +135,42 @@ def linear(
 class LowpLinear(nn.Linear):
     """An `nn.Linear` that computes by a recipe; parameters and state dict are those of `nn.Linear`.
 
-    `convert_linears` turns existing layers into it. To build one: `LowpLinear(n, m, recipe=get_recipe("switchback"))`.
+    `convert_linears` turns existing layers into it. To build one: `LowpLinear(n, m, recipe="switchback")`.
+
+    Raises:
+        ValueError: unknown recipe, or one of 16 bits.
     """
 
     recipe: LinearRecipe
     _held: QuantizedWeight | None
+    """The weight as `quantized_once` holds it."""
+    _holding: bool
+    """Whether the next weight that is quantized is to be held."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, recipe: LinearRecipe, **kwargs: Any):
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, *, recipe: str | LinearRecipe, **kwargs: Any
+    ):
         super().__init__(in_features, out_features, bias, **kwargs)
-        self.recipe, self._held = recipe, None
+        self.recipe, self._held, self._holding = get_recipe(recipe), None, False
+        if self.recipe.output is None:
+            raise ValueError(f"LowpLinear: recipe {self.recipe.name} is of 16 bits: use nn.Linear")
 
     @staticmethod
     def from_linear(layer: nn.Linear, recipe: LinearRecipe) -> LowpLinear:
         """The layer itself, turned in place: its parameters, hooks and name stay, as under `fully_shard`."""
         layer.__class__ = LowpLinear
         converted: Any = layer
-        converted.recipe, converted._held = recipe, None
+        converted.recipe, converted._held, converted._holding = recipe, None, False
         return converted
 
     def quantized_weight(self) -> QuantizedWeight:
         """The weight in low precision: held by `quantized_once`, or quantized now."""
-        return quantize_weight(self.weight.detach(), self.recipe) if self._held is None else self._held
+        if self._held is not None:
+            return self._held
+        quantized = quantize_weight(self.weight.detach(), self.recipe)
+        if self._holding:
+            self._held = quantized
+        return quantized
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """[..., in_features] -> [..., out_features], plus `residual` of that shape where given."""

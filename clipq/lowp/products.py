@@ -38,6 +38,8 @@ class QuantizedWeight(NamedTuple):
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The type that a linear layer computes in: autocast's where it is on, else that of its input."""
     kind = x.device.type
+    if kind == "meta":
+        return x.dtype
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 

@@ -61,7 +61,7 @@ class Product:
 
 @dataclass(frozen=True)
 class LinearRecipe:
-    """A way to compute a linear layer. None for a product means 16 bits."""
+    """A way to compute a linear layer. None for a product means 16 bits; output and grad_input go together."""
 
     name: str
     output: Product | None = None
@@ -70,6 +70,26 @@ class LinearRecipe:
     saved: Saved = Saved.input
     simulated: bool = False
     """Round to values that the type represents, but multiply in the 16-bit type."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what cannot be computed."""
+        products = {"output": self.output, "grad_input": self.grad_input, "grad_weight": self.grad_weight}
+        if (self.output is None) != (self.grad_input is None) or (self.grad_weight and not self.output):
+            raise ValueError(
+                f"recipe {self.name}: output and grad_input go together, in low precision or in 16 bits, and "
+                "grad_weight is in low precision only where they are"
+            )
+        for name, product in products.items():
+            if product is None:
+                continue
+            if (product.left.dtype is INT8) != (product.right.dtype is INT8):
+                raise ValueError(
+                    f"recipe {self.name}: {name} multiplies {product.left.dtype} with {product.right.dtype}: expected "
+                    "both int8 or both fp8"
+                )
+            int8_vectors = all(o.dtype is INT8 and o.scales is Scales.vector for o in (product.left, product.right))
+            if product.stochastic and not (name == "grad_weight" and int8_vectors):
+                raise ValueError(f"recipe {self.name}: {name}: only a grad_weight of int8 with vectors is stochastic")
 
     def with_formats(self, *, forward: torch.dtype, grad: torch.dtype) -> LinearRecipe:
         """The same recipe with other fp8 types: `forward` for X and W, `grad` for G.

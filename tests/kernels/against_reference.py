@@ -221,6 +221,47 @@ def test_every_tile_of_hopper_sums_exactly(inner, residual, tma) -> None:
     assert torch.equal(ours, exact.to(out))
 
 
+@pytest.mark.parametrize("residual", [False, True])
+def test_long_sums_of_int8_are_cut(residual, monkeypatch) -> None:
+    monkeypatch.setattr(tiles, "MOST_TERMS", 64)
+    a, b = integers(33, 200, seed=1), integers(17, 200, seed=2)
+    args = product_arguments(33, 17, row=True, column=True, bias=True, residual=torch.float32 if residual else None)
+    ours = triton.matmul(*on_device(a, b, *args), torch.float32)
+    scales = args[0].double()[:, None] * args[1].double()
+    added = sum((t.double() for t in args[2:] if t is not None), torch.zeros(17).double())
+    exact, magnitude = a.double() @ b.double().T * scales + added, a.double().abs() @ b.double().abs().T * scales
+    assert_near(ours, exact, magnitude + added.abs(), tolerance=1e-6)
+
+
+def test_sums_of_nothing() -> None:
+    a, b = (torch.zeros(n, 0, dtype=INT8, device=DEVICE) for n in (3, 5))
+    ours = triton.matmul(a, b, *on_device(torch.ones(3), torch.ones(5), torch.arange(5.0)), None, torch.float32)
+    assert torch.equal(ours.cpu(), torch.arange(5.0).expand(3, 5))
+
+
+def test_vectors_need_not_be_dense() -> None:
+    """Scales of a whole matrix expanded to rows, every second element of a bias."""
+    a, b = integers(9, 48, seed=3), integers(6, 48, seed=4)
+    bias = torch.arange(12.0)[::2]
+    vectors = [
+        (torch.tensor(0.3, device=d).expand(9), torch.tensor([0.7], device=d).expand(6), bias.to(d), None)
+        for d in ("cpu", DEVICE)
+    ]
+    args, moved = vectors[0], [*vectors[1][:2], torch.arange(12.0, device=DEVICE)[::2], None]
+    expected = reference.matmul(a, b, *args, torch.float32)
+    assert_same(triton.matmul(*on_device(a, b), *moved, torch.float32), expected, rtol=1e-5)
+    q, _, _ = reference.quantize_rows(random(9, 5), INT8, False)
+    assert_same(
+        triton.dequantize_rows(q.to(DEVICE), moved[0], torch.float32),
+        reference.dequantize_rows(q, args[0], torch.float32),
+    )
+    x, weights = random(9, 6), torch.randn(12)[::2]
+    expected = reference.layer_norm_quantize(x, weights, bias, 1e-3, torch.float32, INT8, True)
+    strided = [torch.stack((t, t), 1).to(DEVICE)[:, 0] for t in (weights, bias)]
+    ours = triton.layer_norm_quantize(x.to(DEVICE), *strided, 1e-3, torch.float32, INT8, True)
+    torch.testing.assert_close(ours[0].cpu(), expected[0], rtol=1e-5, atol=2e-5)
+
+
 def test_no_tokens_and_strided_operands() -> None:
     a, b = integers(0, 32, seed=1, device=DEVICE), integers(8, 32, seed=2, device=DEVICE)
     assert triton.matmul(a, b, *on_device(torch.ones(0), torch.ones(1)), None, None, torch.bfloat16).shape == (0, 8)

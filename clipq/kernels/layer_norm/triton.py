@@ -119,7 +119,7 @@ def _backward_block(cols: int) -> RowBlock:
 def layer_norm_quantize(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype, dtype: torch.dtype, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x = unit_stride(x)
+    x, weight, bias = unit_stride(x), weight.contiguous(), bias.contiguous()
     rows, cols = x.shape
     y = x.new_empty((rows, cols) if keep else (0,), dtype=out_dtype)
     q = x.new_empty((rows, cols), dtype=dtype)
@@ -138,6 +138,8 @@ def layer_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, residual: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, dy = unit_stride(x), dy.contiguous()
+    weight, mean, rstd = weight.contiguous(), mean.contiguous(), rstd.contiguous()
+    bias = None if bias is None else bias.contiguous()
     rows, cols = x.shape
     dx, y = x.new_empty((rows, cols)), dy.new_empty((0,) if bias is None else (rows, cols))
     block = _backward_block(cols)

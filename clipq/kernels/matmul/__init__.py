@@ -64,8 +64,8 @@ def matmul(
 ) -> Tensor:
     """a bᵀ · a_scale · b_scale + bias + residual.
 
-    Products of int8 are summed exactly in int32, products of fp8 in float32 (on Hopper with the tensor core's own,
-    shorter, accumulation); the epilogue is float32, rounded once.
+    Products of int8 are summed exactly in int32, 131,072 at a time, and these sums in float32; products of fp8 in
+    float32, on Hopper with the tensor core's own, shorter, accumulation. The epilogue is float32, rounded once.
 
     Args:
         a: [M, K], torch.int8 or fp8, unit stride along K.

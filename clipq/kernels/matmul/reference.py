@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from clipq.kernels.formats import MOST_TERMS
+
 
 def matmul(
     a: Tensor,
@@ -15,7 +17,7 @@ def matmul(
     residual: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    acc = torch.ops.aten._int_mm(a, b.T).float() if a.dtype is torch.int8 else a.float() @ b.float().T
+    acc = _int_sums(a, b) if a.dtype is torch.int8 else a.float() @ b.float().T
     # one factor for both scales unless each is a vector, as in the kernels: the same rounding
     out = acc * (a_scale * b_scale).reshape(-1, 1) if b_scale.numel() == 1 else acc * a_scale.reshape(-1, 1) * b_scale
     if bias is not None:
@@ -23,6 +25,11 @@ def matmul(
     if residual is not None:
         out = out + residual.float()
     return out.to(out_dtype)
+
+
+def _int_sums(a: Tensor, b: Tensor) -> Tensor:
+    parts = range(0, max(1, a.shape[1]), MOST_TERMS)
+    return sum(torch.ops.aten._int_mm(a[:, k : k + MOST_TERMS], b[:, k : k + MOST_TERMS].T).float() for k in parts)  # pyright: ignore[reportReturnType]
 
 
 def matmul16(a: Tensor, b: Tensor) -> Tensor:

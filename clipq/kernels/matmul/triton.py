@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from clipq.kernels.formats import MOST_TERMS
 from clipq.kernels.launch import launch
 from clipq.kernels.rowwise import multiprocessors, unit_stride
 
@@ -192,12 +193,18 @@ def matmul(
     residual: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
+    if a.dtype is torch.int8 and a.shape[1] > MOST_TERMS:  # the sums of the rest come in as the residual
+        rest = matmul(a[:, MOST_TERMS:], b[:, MOST_TERMS:], a_scale, b_scale, None, None, torch.float32)
+        rest = rest if residual is None else rest + residual
+        a, b = a[:, :MOST_TERMS], b[:, :MOST_TERMS]
+        return matmul(a, b, a_scale, b_scale, bias, rest, torch.float32).to(out_dtype)
     a, b = unit_stride(a), unit_stride(b)
     c = a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
     residual = None if residual is None else residual.contiguous()
+    a_scale, b_scale, bias = a_scale.contiguous(), b_scale.contiguous(), None if bias is None else bias.contiguous()
     if c.numel() == 0:
         return c
-    if _has_tma(a.device) and _takes_tma(a, b, c, residual):
+    if a.shape[1] and _has_tma(a.device) and _takes_tma(a, b, c, residual):
         tile = hopper_tile(
             a.shape[1], int8=a.dtype is torch.int8, residual=residual is not None, out_bytes=c.element_size()
         )

@@ -277,7 +277,7 @@ def _transpose(x: Tensor, q: Tensor | None, qt: Tensor, amax: Tensor, scale: Ten
 
 
 def dequantize_rows(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    q = unit_stride(q)
+    q, scale = unit_stride(q), scale.contiguous()
     x = q.new_empty(q.shape, dtype=dtype)
     launch_rows(_dequantize_rows, q, _row_block(q.shape[1], False), q, scale, x, *q.shape, q.stride(0), reads=1)
     return x

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gc
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from clipq.lowp import convert_linears
+from clipq.lowp import convert_linears, quantized_once
 from tests.helpers import run_distributed
+from tests.unit.lowp.towers import Counted
 
 
 def model() -> nn.Sequential:
@@ -37,6 +39,16 @@ def compare() -> None:
         assert one.grad is not None
         assert other.grad is not None
         torch.testing.assert_close(other.grad.full_tensor(), one.grad, rtol=1e-5, atol=1e-7)
+    # two micro-steps of one optimizer step; the weights are whole, and quantized, in the first forward only
+    with quantized_once(sharded), Counted("clipq::quantize_tensor") as counted:
+        sharded(x[rank]).square().mean().backward()
+        first = counted.calls
+        sharded(x[rank]).square().mean().backward()
+    assert counted.calls == first > 0
+    for one, other in zip(alone.parameters(), sharded.parameters(), strict=True):
+        torch.testing.assert_close(other.grad.full_tensor(), 3 * one.grad, rtol=1e-5, atol=1e-7)
+    with pytest.raises(RuntimeError, match="changed inside of quantized_once"), quantized_once(sharded):
+        torch.optim.SGD(sharded.parameters(), lr=0.1).step()
     del sharded, other, one
     gc.collect()  # or threads of gloo outlive the group
     dist.barrier()

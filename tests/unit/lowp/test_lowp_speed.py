@@ -66,7 +66,7 @@ def test_shipped_tables_can_be_read() -> None:
 
 def test_reasons_are_reported() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 8))
-    report = convert_linears(model, "switchback", skip=lambda name, layer: "small" if layer.out_features < 8 else None)
+    report = convert_linears(model, "switchback", filter=lambda _, layer: layer.out_features == 8 or "small")
     assert report.kept == {"0": "small"}
     assert report.converted == ["1"]
     assert "not converted: 0: small" in str(report)

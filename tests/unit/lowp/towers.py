@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipq.lowp import ConversionReport, convert, convert_linears
 from clipq.model.block import Block
@@ -100,3 +101,15 @@ def assert_equal_runs(found: dict[str, Tensor], expected: dict[str, Tensor], sha
             a, b = a[keep], b[keep]
         off = ((a - b).norm() / b.norm().clamp(min=1e-12)).item()
         assert off <= share, f"{name}: off by {off:.3g}"
+
+
+class Counted(TorchDispatchMode):
+    """Counts the calls of an operator, as "clipq::matmul16"."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.calls = name, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += func.name() == self.name
+        return func(*args, **kwargs or {})
