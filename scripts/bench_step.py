@@ -3,21 +3,25 @@
 bench_step.py --model ViT-H-14 --columns bf16 switchback open_clip_compiled --out docs/benchmarks/step_vit_h_h100.json
 
 Random images and texts, the step of `clipq-train`: towers under autocast to bfloat16 over float32 weights (or with
-bfloat16 weights where a column needs them), contrastive loss, backward, fused AdamW. Columns run one after another in
-one process, bf16 first and, with --again, last too.
+bfloat16 weights where a column needs them), contrastive loss, backward, fused AdamW. Columns run one after another,
+each in a process of its own, bf16 first and, with --again, last too.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
+import sys
+import tempfile
 import time
-import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
-from bench_common import free_memory, host_milliseconds, kernels, median, wall_milliseconds, write
+from bench_common import host_milliseconds, kernels, median, wall_milliseconds, write
 from torch import nn
 
 from clipq.loss.contrastive import contrastive_loss
@@ -26,6 +30,8 @@ from clipq.model.clip import create_model
 from clipq.model.surgery import blocks
 
 torch.set_float32_matmul_precision("highest")
+# Blocks share the code of one forward, whose graphs torch counts together; beyond the limit they would run eagerly.
+torch._dynamo.config.recompile_limit = 256
 
 
 def in_blocks(name: str, layer: nn.Linear) -> bool:
@@ -101,7 +107,7 @@ COLUMNS = OURS | {
 
 
 def measure(options: argparse.Namespace, column: str) -> dict[str, Any]:
-    free_memory()
+    torch.cuda.reset_peak_memory_stats()
     torch.manual_seed(0)
     start = time.perf_counter()
     model = COLUMNS[column](options)
@@ -173,6 +179,37 @@ def measure_graph(
     return median(times)
 
 
+def alone(options: argparse.Namespace, column: str) -> dict[str, Any]:
+    """One column in a process of its own, free of what another left in memory and in the compiler."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "column.json"
+        arguments = [*sys.argv[1:], "--only", column, "--out", str(path)]
+        done = subprocess.run([sys.executable, __file__, *arguments], stderr=subprocess.PIPE, text=True)
+        if path.exists():
+            return json.loads(path.read_text())
+        last = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
+        print(done.stderr[-3000:], file=sys.stderr)
+        return {"error": last[:200]}  # a peer that does not run is a result too
+
+
+def show(name: str, row: dict[str, Any], base: dict[str, Any], kernels: int) -> None:
+    if "error" in row:
+        print(f"{name:32} {row['error']}", flush=True)
+        return
+    print(
+        f"{name:32} {row['step_ms']:7.1f} ms ({row['step_ms_min']:.1f}–{row['step_ms_max']:.1f})",
+        f"{row['images_per_second']:7.0f} img/s  × {base['step_ms'] / row['step_ms']:.3f}  GPU {row['gpu_ms']:.1f}",
+        f"× {base['gpu_ms'] / row['gpu_ms']:.3f}  host {row['host_ms']:.1f}  {row['peak_gib']:.1f} GiB",
+        f"start {row['start_seconds']:.0f} s  loss {row['first_loss']:.4f} {row['last_loss']:.4f}",
+        flush=True,
+    )
+    if row["graph_step_ms"]:
+        graph_base = base["graph_step_ms"] / row["graph_step_ms"]
+        print(f"{'':32} {row['graph_step_ms']:7.1f} ms as a CUDA graph  × {graph_base:.3f}")
+    for kernel, k in list(row["kernels"].items())[:kernels]:
+        print(f"      {k['ms']:8.2f} ms {k['count']:5.0f} × {kernel[:80]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ViT-H-14", help="an OpenCLIP name")
@@ -183,35 +220,25 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--graph", action="store_true", help="measure our own steps as CUDA graphs too")
     parser.add_argument("--kernels", type=int, default=40, help="kernels listed in the JSON, longest first")
+    parser.add_argument("--show", type=int, default=25, help="kernels printed")
     parser.add_argument("--again", action="store_true", help="measure the first column once more at the end")
     parser.add_argument("--out", required=True, help="JSON file")
+    parser.add_argument("--only", choices=list(COLUMNS), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.only:
+        Path(options.out).write_text(json.dumps(measure(options, options.only)))
+        return
     results: dict[str, Any] = {}
     order = [*options.columns, *([options.columns[0]] if options.again else [])]
-    for number, column in enumerate(order):
+    for column in order:
         name = column if column not in results else f"{column}_again"
-        try:
-            results[name] = row = measure(options, column)
-        except (RuntimeError, ImportError, AssertionError) as error:  # a peer that does not run is a result too
-            traceback.print_exc()
-            results[name] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
-            print(f"{name:32} {results[name]['error']}", flush=True)
-            continue
-        base = results[order[0]]["step_ms"]
-        print(
-            f"{name:32} {row['step_ms']:7.1f} ms ({row['step_ms_min']:.1f}–{row['step_ms_max']:.1f})",
-            f"{row['images_per_second']:7.0f} img/s  × {base / row['step_ms']:.3f}  GPU {row['gpu_ms']:.1f}",
-            f"host {row['host_ms']:.1f}  {row['peak_gib']:.1f} GiB  start {row['start_seconds']:.0f} s",
-            f"loss {row['first_loss']:.4f} {row['last_loss']:.4f}",
-            flush=True,
-        )
-        if row["graph_step_ms"]:
-            graph_base = results[order[0]]["graph_step_ms"]
-            print(f"{'':32} {row['graph_step_ms']:7.1f} ms as a CUDA graph  × {graph_base / row['graph_step_ms']:.3f}")
-        for kernel, k in list(row["kernels"].items())[: 25 if number < len(order) - options.again else 0]:
-            print(f"      {k['ms']:8.2f} ms {k['count']:5.0f} × {kernel[:80]}")
-        write_settings = {"settings": vars(options) | {"columns": order}, "columns": results}
-        write(options.out, "step", f"Training step of {options.model}", write_settings)
+        results[name] = alone(options, column)
+        if "error" in results[order[0]]:
+            raise SystemExit(f"{order[0]} does not run: {results[order[0]]['error']}")
+        show(name, results[name], results[order[0]], 0 if name.endswith("_again") else options.show)
+        settings = {k: v for k, v in vars(options).items() if k not in ("out", "only", "show")}
+        content = {"settings": settings | {"columns": order}, "columns": results}
+        write(options.out, "step", f"Training step of {options.model}", content)
 
 
 if __name__ == "__main__":

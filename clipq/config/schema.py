@@ -157,7 +157,8 @@ def check_backend(backend: BackendConfig, *, device: Device, capability: tuple[i
     on_cuda = capability is not None and device is not Device.cpu
     require(
         backend.precision is not Precision.fp16 or on_cuda,
-        "backend=fp16 needs a CUDA GPU (loss scaling and fp16 kernels): choose backend=bf16 or backend=fp32 on a CPU",
+        "backend.precision=fp16 (backend=fp16) needs a CUDA GPU (loss scaling and fp16 kernels): on a CPU choose "
+        "backend.precision=bf16 or fp32",
     )
     if capability is None or not on_cuda:
         return

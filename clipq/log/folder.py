@@ -27,7 +27,6 @@ FIXED = (
     "model.layer_scale_init",
     "model.qk_norm",
     "data.shuffle",
-    "optim.name",
     "batch_size",
     "seed",
 )

@@ -150,8 +150,7 @@ class Block(nn.Module):
 
     Attributes:
         fused: None, or what computes the block in place of the modules' own forwards: a function of the block, its
-        input and the
-            mask (`clipq.lowp.block` sets it).
+            input and the mask (`clipq.lowp.block` sets it).
     """
 
     fused: Callable[[Block, Tensor, Tensor | None], Tensor] | None

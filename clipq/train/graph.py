@@ -48,6 +48,8 @@ class Graphed:
         if self._graph is None:
             self._graph = self._record(inputs)
         for static, new in zip(self._inputs, inputs, strict=True):
+            if static.shape != new.shape:  # copy_ would spread a smaller one over it
+                raise ValueError(f"input of shape {tuple(new.shape)}: {tuple(static.shape)} was recorded")
             static.copy_(new, non_blocking=True)
         self._graph.replay()
         return self._output

@@ -41,9 +41,15 @@ class TrainState:
         }
 
     def load_state_dict(self, saved: dict[str, Any], *, rank: int, world_size: int) -> None:
-        """Takes over what `state_dict` gave; generators only if the number of ranks is the same."""
+        """Takes over what `state_dict` gave; generators only if the number of ranks is the same.
+
+        The optimizer's settings stay those of now: who resumes with another beta2 means it.
+        """
         self.step, self.samples, self.seconds = saved["step"], saved["samples"], saved["seconds"]
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(saved["optimizer"])
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)
         self.scaler.load_state_dict(saved["scaler"])
         if len(saved["rng"]) == world_size:
             rng = saved["rng"][rank]

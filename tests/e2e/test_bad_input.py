@@ -67,7 +67,7 @@ MISTAKES = {
     "no number": (["optim.weight_decay=nan"], ["optim.weight_decay=nan", "finite"]),
     "infinite logit scale": (["max_logit_scale=inf"], ["max_logit_scale=inf"]),
     "profile after the end": (["steps=10", "log.profile=[8,11]"], ["log.profile=[8, 11]", "steps=10"]),
-    "fp16 on a CPU": (["backend=fp16", "device=cpu"], ["backend=fp16 needs a CUDA GPU", "backend=bf16"]),
+    "fp16 on a CPU": (["backend=fp16", "device=cpu"], ["backend.precision=fp16", "needs a CUDA GPU", "bf16 or fp32"]),
     "name with a slash": (["name=a/b"], ["name='a/b'", "runs="]),
     "unknown model": (["model.name=ViT-B-23"], ["ViT-B-23", "ViT-B-32"]),
     "layer scale on a ResNet": (["model.name=RN50", "model.layer_scale_init=0.0"], ["layer_scale_init", "RN50"]),

@@ -1,4 +1,4 @@
-"""clipq-train with each optimizer: it trains and resumes exactly."""
+"""clipq-train with each optimizer: it trains, resumes exactly, and may be changed on the way."""
 
 from __future__ import annotations
 
@@ -36,3 +36,13 @@ def test_stable_adamw_trains_and_resumes(world: Path) -> None:
     assert max(abs(a - b) for a, b in zip(stable, adamw, strict=True)) > 1e-2, "with it, it is not"
     losses(world, "halves", "steps=7", "optim=stable_adamw")
     assert losses(world, "halves", "steps=14", "optim=stable_adamw") == stable
+    # the states are interchangeable: a run may change its optimizer, and its settings, on the way
+    losses(world, "changed", "steps=7", "optim.beta2=0.99")
+    changed = losses(world, "changed", "steps=14", "optim=stable_adamw", "optim.clip_threshold=inf")
+    assert changed == pytest.approx(adamw, abs=2e-3)
+    log = (world / "runs" / "changed" / "logs" / "rank_0.log").read_text()
+    assert "changed since the checkpoint: optim.name: adamw -> stable_adamw" in log
+    losses(world, "other", "steps=7", "optim.beta2=0.99")
+    other = losses(world, "other", "steps=14", "optim.beta2=0.5")
+    assert other[:8] == adamw[:8], "the eighth loss is that of the weights of the seventh step"
+    assert other[9:] != adamw[9:]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from clipq.kernels import launch as launching
 from clipq.kernels.launch import _specialization
 
 triton = pytest.importorskip("triton")
@@ -48,3 +49,42 @@ def test_descriptors_differ_by_type_and_block() -> None:
     keys = {_specialization(TensorDescriptor.from_tensor(x, block)) for block in ([16, 16], [32, 16], [16, 32])}
     keys.add(_specialization(TensorDescriptor.from_tensor(x.view(torch.float8_e4m3fn), [16, 16])))
     assert len(keys) == 4
+
+
+def test_every_part_of_a_launch_is_in_its_key(monkeypatch) -> None:
+    """Two launches that differ in one thing must not share a binary; equal ones must."""
+    compiled = []
+
+    class Kernel(triton.JITFunction):
+        def __init__(self) -> None:
+            self.arg_names = ["x", "n", "A", "B"]
+
+        def __getitem__(self, grid):
+            def run(*_, **__):
+                compiled.append(grid)
+                return {(1, 1, 1): lambda *_: None, (2, 1, 1): lambda *_: None}
+
+            return run
+
+        def __hash__(self) -> int:
+            return id(self)
+
+    monkeypatch.setattr(launching, "_compiled", {})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    first, x = Kernel(), torch.zeros(16)
+    base = {"constants": {"A": 1, "B": 2}, "warps": 4, "stages": 3}
+    launching.launch(first, (1,), x, 16, **base)
+    launching.launch(first, (2,), x, 32, **base)  # the grid is no part of a binary
+    assert len(compiled) == 1
+    others = [
+        (first, x, 17, base),
+        (first, x.bfloat16(), 16, base),
+        (first, x, 16, base | {"warps": 8}),
+        (first, x, 16, base | {"stages": 4}),
+        (first, x, 16, base | {"constants": {"A": 2, "B": 2}}),
+        (first, x, 16, base | {"constants": {"A": 1, "B": True}}),
+        (Kernel(), x, 16, base),
+    ]
+    for n, (kernel, t, size, settings) in enumerate(others, start=2):
+        launching.launch(kernel, (1,), t, size, **settings)
+        assert len(compiled) == n

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from clipq.build import build_captions, build_model, build_optimizer, build_schedule, build_stream
-from clipq.config.choices import Decay
+from clipq.build.backend import convert
+from clipq.config.choices import Decay, Fp8, Optimizer, Recipe
 from clipq.config.groups import (
     AugmentConfig,
+    BackendConfig,
     CaptionConfig,
     DataConfig,
     LogConfig,
@@ -21,9 +23,11 @@ from clipq.config.groups import (
 from clipq.config.schema import TrainJob
 from clipq.data.decode import Captions, TrainTransform
 from clipq.dist.env import DistEnv
+from clipq.lowp import LowpLinear
 from clipq.model.clip import create_model
 from clipq.model.surgery import blocks
 from clipq.model.weights import save_weights
+from clipq.optim import StableAdamW
 from clipq.train.schedule import Schedule
 
 SECOND_OF_THREE = DistEnv(rank=1, world_size=3, local_rank=1, local_world_size=3, device=torch.device("cpu"))
@@ -43,6 +47,31 @@ def test_optimizer(arch: Path) -> None:
     assert {n for n, p in model.named_parameters() if p.ndim >= 2} == set(decayed["param_names"])
     held = {id(p) for group in (decayed, plain) for p in group["params"]}
     assert held == {id(p) for p in model.parameters()}
+
+
+def test_stable_adamw(arch: Path) -> None:
+    own = {"lr": 0.3, "beta1": 0.7, "beta2": 0.8, "eps": 1e-3, "clip_threshold": 2.5, "beta2_power": 0.6}
+    config = OptimConfig(name=Optimizer.stable_adamw, weight_decay=0.4, **own)
+    optimizer = build_optimizer(build_model(ModelConfig(name=str(arch))).model, config)
+    assert isinstance(optimizer, StableAdamW)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.4, 0.0]
+    for group in optimizer.param_groups:
+        assert (group["lr"], group["betas"], group["eps"]) == (0.3, (0.7, 0.8), 1e-3)
+        assert (group["clip_threshold"], group["beta2_power"]) == (2.5, 0.6)
+
+
+def test_recipe_and_its_fp8_types(arch: Path) -> None:
+    clip = build_model(ModelConfig(name=str(arch)))
+    config = BackendConfig(recipe=Recipe.switchback_fp8, fp8_forward=Fp8.e5m2, fp8_grad=Fp8.e4m3)
+    convert(clip, config, pairs=4, training=True)
+    layers = [m for m in clip.model.modules() if isinstance(m, LowpLinear)]
+    assert len(layers) == 12
+    for layer in layers:
+        output, grad_input = layer.recipe.output, layer.recipe.grad_input
+        assert output is not None
+        assert grad_input is not None
+        assert output.left.dtype is output.right.dtype is grad_input.right.dtype is torch.float8_e5m2
+        assert grad_input.left.dtype is torch.float8_e4m3fn
 
 
 def test_schedule() -> None:

@@ -5,7 +5,7 @@ import pytest
 from clipq.config.groups import ConfigError
 from clipq.log.folder import changes
 
-OLD = "steps: 10\nbatch_size: 16\noptim:\n  lr: 0.1\n  name: adamw\nlog:\n  every: 5\ndata:\n  shards: a.tar\n"
+OLD = "steps: 10\nbatch_size: 16\noptim:\n  lr: 0.1\n  name: adamw\nseed: 1\nlog:\n  every: 5\ndata:\n  shards: a.tar\n"
 
 
 def test_changes_are_told_by_their_weight() -> None:
@@ -15,7 +15,7 @@ def test_changes_are_told_by_their_weight() -> None:
     assert changes(OLD, OLD.replace("a.tar", "/moved/a.tar")) == ["data.shards: a.tar -> /moved/a.tar"]
 
 
-@pytest.mark.parametrize("change", [("batch_size: 16", "batch_size: 8"), ("adamw", "stable_adamw")])
+@pytest.mark.parametrize("change", [("batch_size: 16", "batch_size: 8"), ("seed: 1", "seed: 2")])
 def test_what_cannot_change(change: tuple[str, str]) -> None:
     with pytest.raises(ConfigError, match=f"{change[0].split()[-1]} -> {change[1].split()[-1]}.*name="):
         changes(OLD, OLD.replace(*change))
