@@ -45,6 +45,7 @@ from clipq.log.meters import flops_per_pair
 from clipq.log.writers import JsonlWriter, TensorBoardWriter, WandbWriter, Writer
 from clipq.model.clip import ClipModel, Preprocess, create_model
 from clipq.optim.groups import decay_groups
+from clipq.optim.loss_scale import FixedLossScaler
 from clipq.optim.stable_adamw import StableAdamW
 from clipq.train.checkpoint import Checkpoints, load, newest
 from clipq.train.graph import Graphed
@@ -103,6 +104,12 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         clip_threshold=config.clip_threshold,
         beta2_power=config.beta2_power,
     )
+
+
+def build_scaler(model: nn.Module, config: BackendConfig, env: DistEnv) -> torch.amp.GradScaler | FixedLossScaler:
+    if config.loss_scale is not None:
+        return FixedLossScaler(model.named_parameters(), config.loss_scale)
+    return torch.amp.GradScaler(env.device.type, enabled=config.precision is Precision.fp16)
 
 
 def build_schedule(job: TrainJob) -> Schedule:
@@ -254,8 +261,7 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
     clip.model.to(env.device)
     convert(clip, job.backend, pairs=job.batch_size // env.world_size, training=True)
     optimizer = build_optimizer(clip.model, job.optim)
-    fp16 = job.backend.precision is Precision.fp16
-    state = TrainState(clip.model, optimizer, torch.amp.GradScaler(env.device.type, enabled=fp16))
+    state = TrainState(clip.model, optimizer, build_scaler(clip.model, job.backend, env))
     torch.manual_seed(job.seed + env.rank)  # dropout differs between ranks, initial weights do not
 
     stream = build_stream(job.data, clip, env, batch_size=job.batch_size, seed=job.seed)

@@ -145,6 +145,9 @@ class BackendConfig:
     recipe: Recipe = Recipe.bf16
     """How the linear layers inside of the transformer blocks multiply; bf16 leaves them to `precision`. See
     docs/low_precision.md."""
+    loss_scale: float | None = None
+    """For fp16: a fixed scale of the loss (the paper advises 65536), where a tensor whose gradient overflows is left
+    out of the step; None for torch's dynamic scale, which leaves out the whole step."""
     fp8_forward: Fp8 = Fp8.e4m3
     """fp8 type of activations and weights, for recipes of fp8."""
     fp8_grad: Fp8 = Fp8.e5m2
@@ -164,6 +167,11 @@ class BackendConfig:
             "fp8" in self.recipe.value or (self.fp8_forward is Fp8.e4m3 and self.fp8_grad is Fp8.e5m2),
             f"backend.fp8_forward and backend.fp8_grad with backend.recipe={self.recipe.value}: they are for recipes "
             f"of fp8: {', '.join(r.value for r in Recipe if 'fp8' in r.value)}",
+        )
+        require(
+            self.loss_scale is None or (self.precision is Precision.fp16 and 0 < self.loss_scale < math.inf),
+            f"backend.loss_scale={self.loss_scale} with backend.precision={self.precision.value}: expected null, or a "
+            "positive number with backend.precision=fp16",
         )
         require(
             self.skip in ("off", "auto") or Path(self.skip).is_file(),

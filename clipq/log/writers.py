@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from clipq.config.groups import require
 
 Row = dict[str, Any]
-"""One metrics row: `kind` is train, eval or resume; always a `step`."""
+"""One metrics row: `kind` is train, eval, resume or event; always a `step`."""
 
 
 class Writer(Protocol):

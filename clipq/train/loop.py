@@ -24,6 +24,7 @@ from clipq.log.console import Console
 from clipq.log.meters import Meter
 from clipq.log.writers import Row, Writer, evaluated
 from clipq.loss.contrastive import contrastive_loss
+from clipq.optim.loss_scale import FixedLossScaler
 from clipq.train.checkpoint import Checkpoints
 from clipq.train.graph import Graphed
 from clipq.train.schedule import Schedule
@@ -169,10 +170,20 @@ def train_step(run: Run, batch: dict[str, Tensor], lr: float) -> Tensor:
         norm = nn.utils.clip_grad_norm_(state.model.parameters(), run.clip_norm).view(1)
     state.scaler.step(state.optimizer)
     state.scaler.update()
+    if isinstance(state.scaler, FixedLossScaler) and state.scaler.left_out:
+        left_out(run, state.scaler.left_out)
     with torch.no_grad():
         logit_scale: Any = state.model.logit_scale
         logit_scale.clamp_(0, math.log(run.max_logit_scale))
     return torch.cat((loss_and_scale, norm.detach().float()))
+
+
+def left_out(run: Run, names: list[str]) -> None:
+    """Says which parameters a step left out, since their gradients overflowed."""
+    step = run.state.step + 1
+    write(run, [{"kind": "event", "step": step, "event": "gradient overflow", "parameters": names}])
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    log.warning("step %d: gradient of %s%s not finite: left out of the step", step, names[0], more)
 
 
 def forward_backward(run: Run, image_BCHW: Tensor, text_BL: Tensor) -> Tensor:

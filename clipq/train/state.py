@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from clipq.dist.gather import gather_objects
+from clipq.optim.loss_scale import FixedLossScaler
 
 
 @dataclass
@@ -18,7 +19,7 @@ class TrainState:
     model: nn.Module
     """The bare model, not wrapped for DDP."""
     optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
+    scaler: torch.amp.GradScaler | FixedLossScaler
     step: int = 0
     """Optimizer steps done."""
     samples: int = 0

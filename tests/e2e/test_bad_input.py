@@ -55,6 +55,7 @@ MISTAKES = {
         ["backend=switchback", "backend.skip=gpu.json"],
         ["backend.skip=gpu.json", "off, auto", "python -m clipq.lowp.measure"],
     ),
+    "loss scale without fp16": (["backend.loss_scale=65536"], ["backend.loss_scale=65536", "backend.precision=fp16"]),
     "nothing to skip": (["backend.skip=auto"], ["backend.skip=auto", "nothing to skip"]),
     "CUDA graph on a CPU": (["backend.cuda_graph=on", "device=cpu"], ["backend.cuda_graph=on needs a CUDA GPU"]),
     "setting of another optimizer": (

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -16,6 +17,7 @@ from clipq.config.schema import TrainJob
 from clipq.dist.env import distributed
 from clipq.eval.common import Encoder, EvalError, EvalResult
 from clipq.log.console import Console
+from clipq.optim.loss_scale import FixedLossScaler
 from clipq.train.loop import NonFiniteError, Normalize, Run, due, owed, train
 from tests.helpers import read_metrics
 
@@ -207,3 +209,23 @@ def test_resumed_run_keeps_the_profile(arch: Path, shards: list[str], caplog: py
         train(run_of(arch, shards, "log.profile=[2,3]"))
     assert trace.read_bytes() == before
     assert "log.profile=[2, 3]: no profile, the run goes on after step 4" in caplog.text
+
+
+def test_overflow_of_a_tensor_is_an_event(arch: Path, shards: list[str]) -> None:
+    """As on a GPU in fp16; here the gradient is spoiled by a hook."""
+    run = run_of(arch, shards)
+    run.state.scaler = FixedLossScaler(run.state.model.named_parameters(), 1024.0)
+    name = "visual.conv1.weight"
+    spoiled, calls = run.state.model.get_parameter(name), []
+
+    def spoil(grad: torch.Tensor) -> torch.Tensor:
+        calls.append(spoiled.detach().clone())
+        return grad * (math.inf if len(calls) == 3 else 1)
+
+    spoiled.register_hook(spoil)
+    train(run)
+    rows = read_metrics(Path("run"), kind="event")
+    assert rows == [{"kind": "event", "step": 3, "event": "gradient overflow", "parameters": [name]}]
+    moved = [not torch.equal(a, b) for a, b in itertools.pairwise([*calls, spoiled.detach()])]
+    assert moved == [True, True, False, True, True, True]
+    assert run.state.scaler.skipped == {name: 1}

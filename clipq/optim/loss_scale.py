@@ -1,0 +1,105 @@
+"""Loss scaling for fp16 by a fixed number, with overflow handled tensor by tensor."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from clipq.optim.shards import local, reducer
+
+
+class FixedLossScaler:
+    """Multiplies the loss by a fixed scale; a parameter whose gradient is not finite is left out of the step.
+
+    torch's dynamic scaler leaves out the whole step, and lowers the scale for all tensors, when one of them overflows.
+    In large CLIP models the first to overflow are few, the patch embedding above all. Source: Wortsman et al.,
+    https://arxiv.org/abs/2304.13013, who advise a fixed scale of 65536.
+
+    It has the methods of `torch.amp.GradScaler` that a training loop calls, for one optimizer. Each step waits for the
+    device once, to learn which gradients are finite. Under FSDP2 all ranks decide alike.
+
+    Args:
+        named_parameters: as of `model.named_parameters()`: what the counts are kept by.
+        scale: a positive number; of powers of two the unscaled gradients are exact.
+
+    Attributes:
+        skipped: how often each parameter was left out, by name.
+        left_out: names of the parameters that the last step left out.
+    """
+
+    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], scale: float = 65536.0) -> None:
+        if not 0 < scale < math.inf:
+            raise ValueError(f"FixedLossScaler: scale={scale}: expected a positive, finite number")
+        self._names = {p: name for name, p in named_parameters}
+        self._scale = scale
+        self._unscaled = False
+        self._removed: dict[nn.Parameter, Tensor] = {}
+        self.skipped: Counter[str] = Counter()
+        self.left_out: list[str] = []
+
+    def scale(self, loss: Tensor) -> Tensor:
+        return loss * self._scale
+
+    def get_scale(self) -> float:
+        return self._scale
+
+    @torch.no_grad()
+    def unscale_(self, optimizer: Optimizer) -> None:
+        """Divides the optimizer's gradients by the scale, and puts those aside that are not finite, until `update`.
+
+        Raises:
+            RuntimeError: called twice in a step.
+        """
+        if self._unscaled:
+            raise RuntimeError("unscale_() was called already since the last update()")
+        self._unscaled = True
+        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        finite = _finite(params)
+        for p in (p for p, good in zip(params, finite, strict=True) if not good):
+            self._removed[p] = p.grad
+            p.grad = None
+        self.left_out = [self._names.get(p, "a parameter without a name") for p in self._removed]
+        self.skipped.update(self.left_out)
+        kept = [local(p.grad) for p in params if p.grad is not None]
+        if kept:
+            torch._foreach_mul_(kept, 1 / self._scale)  # pyright: ignore[reportPrivateImportUsage]
+
+    def step(self, optimizer: Optimizer) -> Any:
+        """The optimizer's step without the parameters whose gradients are not finite."""
+        if not self._unscaled:
+            self.unscale_(optimizer)
+        return optimizer.step()
+
+    def update(self) -> None:
+        """Ends a step: gradients that were put aside come back, as they were."""
+        for p, grad in self._removed.items():
+            p.grad = grad
+        self._removed.clear()
+        self._unscaled = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": dict(self.skipped)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes the counts over; the scale stays as it was given. The state of a dynamic scaler has none."""
+        self.skipped = Counter(state.get("skipped", {}))
+
+
+def _finite(params: list[nn.Parameter]) -> list[bool]:
+    """Whether all of each parameter's gradient, over all its shards, is finite."""
+    if not params:
+        return []
+    grads = [local(p.grad) for p in params]  # pyright: ignore[reportArgumentType]
+    filled = [i for i, g in enumerate(grads) if g.numel()]
+    bad = torch.zeros(len(params), device=grads[0].device)
+    if filled:
+        largest = torch._foreach_norm([grads[i] for i in filled], math.inf)  # pyright: ignore[reportPrivateImportUsage]
+        bad[filled] = (~torch.stack([n.float() for n in largest]).isfinite()).float()
+    reduce = reducer(list(params))
+    return [count == 0 for count in (bad if reduce is None else reduce(bad)).tolist()]

@@ -1,0 +1,81 @@
+"""The fixed loss scale: what is left out of a step, and what is not."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from clipq.optim import FixedLossScaler, StableAdamW
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
+def backward(net: nn.Module, scaler: FixedLossScaler | None) -> None:
+    loss = net(torch.randn(5, 3, generator=torch.Generator().manual_seed(1))).square().mean()
+    (loss if scaler is None else scaler.scale(loss)).backward()
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, StableAdamW, lambda p: torch.optim.SGD(p, lr=0.1)])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("clip", [False, True])
+def test_only_the_bad_tensor_is_left_out(make, bad, clip) -> None:
+    ours, theirs = model(), model()
+    first, second = make(ours.parameters()), make(theirs.parameters())
+    scaler = FixedLossScaler(ours.named_parameters(), 1024.0)
+    for step in range(4):
+        for net, scale in ((ours, scaler), (theirs, None)):
+            net.zero_grad()
+            backward(net, scale)
+        if step == 2:
+            ours[0].weight.grad[1, 2] = bad
+            theirs[0].weight.grad = None
+        before = [p.detach().clone() for p in ours.parameters()]
+        if clip:
+            scaler.unscale_(first)
+            a, b = (nn.utils.clip_grad_norm_(net.parameters(), 0.1) for net in (ours, theirs))
+            assert torch.equal(a, b), "the norm is that of what is left"
+        scaler.step(first)
+        second.step()
+        moved = [not torch.equal(p, b) for p, b in zip(ours.parameters(), before, strict=True)]
+        assert moved == [step != 2, True, True, True]
+        assert scaler.left_out == (["0.weight"] if step == 2 else [])
+        scaler.update()
+        assert all(p.grad is not None for p in ours.parameters()), "what was put aside is back"
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(p, q)
+    assert scaler.skipped == {"0.weight": 1}
+    other = FixedLossScaler(ours.named_parameters())
+    other.load_state_dict(scaler.state_dict())
+    assert other.skipped == {"0.weight": 1}
+    assert other.get_scale() == 65536
+    other.load_state_dict(torch.amp.GradScaler("cpu").state_dict())
+    assert not other.skipped
+
+
+def test_missing_and_empty_gradients() -> None:
+    params = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(0)), nn.Parameter(torch.ones(3))]
+    optimizer = torch.optim.SGD(params, lr=1.0)
+    scaler = FixedLossScaler([], 2.0)
+    scaler.step(optimizer)  # nothing has a gradient
+    scaler.update()
+    params[1].grad, params[2].grad = torch.ones(0), torch.tensor([2.0, math.nan, 2.0])
+    scaler.step(optimizer)
+    assert torch.equal(params[2], torch.ones(3))
+    assert scaler.left_out == ["a parameter without a name"]
+    with pytest.raises(RuntimeError, match="called already"):
+        scaler.unscale_(optimizer)
+    scaler.update()
+    assert params[2].grad.isnan().any()
+    assert params[2].grad[0] == 2, "as it was, not unscaled"
+
+
+def test_wrong_scales() -> None:
+    for scale in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="scale="):
+            FixedLossScaler([], scale)
