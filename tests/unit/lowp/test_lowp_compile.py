@@ -106,14 +106,14 @@ def test_quantized_once_needs_no_other_graph_per_step(tmp_path) -> None:
 
 @pytest.mark.parametrize("recipe", ["switchback", "switchback_m", "llm_int8", "fp8"])
 def test_ragged_batches_compile_twice_at_most(recipe, tmp_path) -> None:
-    """For the first size, and once for all others; the numbers of tokens are multiples of 16 and others."""
+    """For the first size, and once for all others; the numbers of tokens are multiples of 16, of 128, and others."""
     block = block_of(tmp_path)
     convert_linears(block, recipe)
     reference = block_of(tmp_path)
     convert_linears(reference, recipe)
     counter = CompileCounterWithBackend("aot_eager")
     compiled(block, counter)
-    for batch in (4, 6, 5, 13, 7, 32):
+    for batch in (4, 6, 5, 13, 7, 32, 128):
         x = torch.randn(batch, 5, WIDTH)
         assert_equal_runs(run(block, x), run(reference, x), 1e-6)
     assert counter.frame_count <= 2

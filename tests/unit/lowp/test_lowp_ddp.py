@@ -12,17 +12,19 @@ from clipq.lowp import convert_linears, quantized_once
 from tests.helpers import run_distributed
 from tests.unit.lowp.towers import block_of, tokens
 
+RECIPE = "switchback_m"
+
 
 def weights_of_loss(batch: int) -> torch.Tensor:
     return torch.randn(batch, 7, 32, generator=torch.Generator().manual_seed(3))
 
 
-def gradients_of_rank(folder: str, recipe: str) -> None:
+def gradients_of_rank(folder: str) -> None:
     with distributed("cpu") as env:
         work = Path(folder) / str(env.rank)
         work.mkdir()
         block = block_of(work)
-        convert_linears(block, recipe)
+        convert_linears(block, RECIPE)
         wrapped = DistributedDataParallel(block, gradient_as_bucket_view=True)
         rows = slice(env.rank * 3, env.rank * 3 + 3)
         with quantized_once(block):
@@ -33,11 +35,10 @@ def gradients_of_rank(folder: str, recipe: str) -> None:
 
 
 def test_gradients_are_those_of_one_process(tmp_path) -> None:
-    recipe = "switchback_m"
-    run_distributed(gradients_of_rank, 2, str(tmp_path), recipe)
+    run_distributed(gradients_of_rank, 2, str(tmp_path))
     first, second = (torch.load(tmp_path / str(r) / "gradients.pt") for r in range(2))
     block = block_of(tmp_path)
-    convert_linears(block, recipe)
+    convert_linears(block, RECIPE)
     (block(tokens(6)) * weights_of_loss(6)).sum().backward()
     for name, p in block.named_parameters():
         assert torch.equal(first[name], second[name]), name
