@@ -27,6 +27,7 @@ from clipq.config.groups import (
     OptimConfig,
     ParallelConfig,
     TaskConfig,
+    WatchConfig,
 )
 from clipq.config.hydra import configs_dir
 from clipq.config.schema import TrainJob
@@ -52,6 +53,7 @@ from clipq.train.graph import Graphed
 from clipq.train.loop import Normalize, Run, forward_backward
 from clipq.train.schedule import Schedule
 from clipq.train.state import TrainState
+from clipq.watch.rms import RmsWatch, choose
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +93,7 @@ def build_captions(config: CaptionConfig) -> Captions:
     return Captions(config.field, config.lines)
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW | StableAdamW:
     groups = decay_groups(model, config.weight_decay)
     betas = (config.beta1, config.beta2)
     if config.name is Optimizer.adamw:
@@ -110,6 +112,15 @@ def build_scaler(model: nn.Module, config: BackendConfig, env: DistEnv) -> torch
     if config.loss_scale is not None:
         return FixedLossScaler(model.named_parameters(), config.loss_scale)
     return torch.amp.GradScaler(env.device.type, enabled=config.precision is Precision.fp16)
+
+
+def build_rms(model: nn.Module, optimizer: torch.optim.AdamW | StableAdamW, config: WatchConfig) -> RmsWatch | None:
+    if not config.rms:
+        return None
+    try:
+        return RmsWatch(choose(model, config.rms), optimizer, config.every)
+    except ValueError as error:
+        raise ConfigError(f"watch.rms={config.rms}: {error}") from error
 
 
 def build_schedule(job: TrainJob) -> Schedule:
@@ -273,6 +284,7 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
         "shards": len(shards),
         "shard_names": names_digest(shards),
     }
+    rms = build_rms(clip.model, optimizer, job.watch)
     checkpoints = Checkpoints(
         folder / "checkpoints",
         env,
@@ -307,6 +319,7 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
         flops_per_image=flops,
         clip_norm=job.optim.clip_norm,
         max_logit_scale=job.max_logit_scale,
+        rms=rms,
         log_every=job.log.every,
         eval_every=job.eval.every,
         profile=(job.log.profile[0], job.log.profile[1]) if job.log.profile else None,

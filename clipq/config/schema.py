@@ -22,6 +22,7 @@ from clipq.config.groups import (
     OptimConfig,
     ParallelConfig,
     ScheduleConfig,
+    WatchConfig,
     require,
 )
 
@@ -48,6 +49,8 @@ class TrainJob:
     """Evaluation during and after training (group `eval`)."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When checkpoints are written and which are kept."""
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    """What is watched to see instability coming."""
     name: str = MISSING
     """Name of the run: its folder is `runs/<name>`. The same name again resumes the run."""
     runs: str = "runs"

@@ -27,7 +27,10 @@ def scalars(row: Row) -> dict[str, float]:
     if row["kind"] == "eval":
         return {f"eval/{row['task']}/{name}": v for name, v in row["metrics"].items()}
     skip = ("kind", "step", "samples")
-    return {f"{row['kind']}/{k}": v for k, v in row.items() if k not in skip and isinstance(v, (int, float))}
+    numbers: dict[str, float] = {
+        f"{row['kind']}/{k}": v for k, v in row.items() if k not in skip and isinstance(v, (int, float))
+    }
+    return numbers | {f"rms/{name}": value for name, value in row.get("rms", {}).items()}
 
 
 class JsonlWriter:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,10 @@ from clipq.loss.contrastive import contrastive_loss
 from clipq.optim.loss_scale import FixedLossScaler
 from clipq.train.checkpoint import Checkpoints
 from clipq.train.graph import Graphed
+from clipq.train.profile import profiler
 from clipq.train.schedule import Schedule
 from clipq.train.state import TrainState
+from clipq.watch.rms import RmsWatch
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +77,10 @@ class Run:
     log_every: int = 10
     eval_every: int = 0
     profile: tuple[int, int] | None = None
-    pending: list[tuple[Row, Tensor]] = field(default_factory=list)
-    """Steps whose numbers are still on the device."""
+    rms: RmsWatch | None = None
+    """Watches RMS_t of parameters; None watches none."""
+    pending: list[tuple[Row, Tensor, Tensor | None]] = field(default_factory=list)
+    """Steps whose numbers, and RMS_t, are still on the device."""
 
     def facts(self) -> dict[str, Any]:
         """What environment.json says of the run besides the machine."""
@@ -118,12 +121,12 @@ def train(run: Run) -> None:
         with meter.paused():
             evaluate(run, late)
     run.model.train()
-    with _profiler(run) as profiler:
+    with profiler(run.profile, after=state.step, folder=run.folder, env=run.env) as profiling:
         for step in range(first, run.steps + 1):
             with meter.waiting():
                 batch = next(batches)
             lr = run.schedule(step)
-            numbers = train_step(run, batch, lr)
+            numbers, rms = train_step(run, batch, lr)
             state.step, state.samples, state.seconds = step, state.samples + run.batch_size, meter.seconds()
             meter.count(run.batch_size)
             row = {
@@ -133,7 +136,7 @@ def train(run: Run) -> None:
                 "seconds": state.seconds,
                 "lr": lr,
             }
-            run.pending.append((row, numbers))
+            run.pending.append((row, numbers, rms))
 
             evaluating = bool(run.evaluators) and due(step, run.eval_every, run.steps)
             logging_now = due(step, run.log_every, run.steps)
@@ -148,12 +151,16 @@ def train(run: Run) -> None:
             if evaluating:  # after the save, so that a fault in an evaluation costs no training
                 with meter.paused():
                     evaluate(run, run.evaluators)
-            if profiler is not None:
-                profiler.step()
+            if profiling is not None:
+                profiling.step()
 
 
-def train_step(run: Run, batch: dict[str, Tensor], lr: float) -> Tensor:
-    """One optimizer step; returns [loss, logit scale, gradient norm or NaN] on the device, without waiting for it."""
+def train_step(run: Run, batch: dict[str, Tensor], lr: float) -> tuple[Tensor, Tensor | None]:
+    """One optimizer step; does not wait for the device.
+
+    Returns:
+        [loss, logit scale, gradient norm or NaN], and RMS_t of the watched parameters where the step is watched.
+    """
     state = run.state
     for group in state.optimizer.param_groups:
         group["lr"] = lr
@@ -165,17 +172,20 @@ def train_step(run: Run, batch: dict[str, Tensor], lr: float) -> Tensor:
         loss_and_scale = run.graph(batch["image"], batch["text"])
 
     norm = torch.full((1,), math.nan, device=run.env.device)
-    if run.clip_norm is not None:
+    watched = run.rms is not None and (state.step + 1) % run.rms.every == 0
+    if run.clip_norm is not None or watched:
         state.scaler.unscale_(state.optimizer)
+    if run.clip_norm is not None:
         norm = nn.utils.clip_grad_norm_(state.model.parameters(), run.clip_norm).view(1)
     state.scaler.step(state.optimizer)
+    rms = run.rms() if run.rms is not None and watched else None
     state.scaler.update()
     if isinstance(state.scaler, FixedLossScaler) and state.scaler.left_out:
         left_out(run, state.scaler.left_out)
     with torch.no_grad():
         logit_scale: Any = state.model.logit_scale
         logit_scale.clamp_(0, math.log(run.max_logit_scale))
-    return torch.cat((loss_and_scale, norm.detach().float()))
+    return torch.cat((loss_and_scale, norm.detach().float())), rms
 
 
 def left_out(run: Run, names: list[str]) -> None:
@@ -200,12 +210,16 @@ def forward_backward(run: Run, image_BCHW: Tensor, text_BL: Tensor) -> Tensor:
 
 def flush(run: Run, meter: Meter, *, show: bool) -> None:
     """Fetches the numbers of the pending steps in one transfer, averages the loss over ranks, writes and shows them."""
-    numbers = torch.stack([n for _, n in run.pending])
+    numbers = torch.stack([n for _, n, _ in run.pending])
     if run.env.is_distributed:
         dist.all_reduce(numbers)
         numbers /= run.env.world_size
-    rows = [row for row, _ in run.pending]
+    rows = [row for row, *_ in run.pending]
+    watched = [(row, rms) for row, _, rms in run.pending if rms is not None]
     run.pending.clear()
+    if run.rms is not None and watched:
+        for (row, _), values in zip(watched, torch.stack([rms for _, rms in watched]).tolist(), strict=True):
+            row["rms"] = dict(zip(run.rms.names, values, strict=True))
     for row, (loss, logit_scale, norm) in zip(rows, numbers.tolist(), strict=True):
         row |= {"loss": loss, "logit_scale": logit_scale, "grad_norm": None if math.isnan(norm) else norm}
     if show:
@@ -268,30 +282,3 @@ def evaluate(run: Run, evaluators: Sequence[Evaluator]) -> None:
 def write(run: Run, rows: Sequence[Row]) -> None:
     for writer in run.writers:
         writer.write(rows)
-
-
-def _profiler(run: Run) -> AbstractContextManager[Any]:
-    """torch's profiler over the steps asked for; its trace opens in Perfetto or TensorBoard."""
-    if run.profile is None:
-        return nullcontext()
-    if run.state.step >= run.profile[0]:
-        log.info("log.profile=%s: no profile, the run goes on after step %d", list(run.profile), run.state.step)
-        return nullcontext()
-    before = run.profile[0] - run.state.step - 1
-    warmup = min(1, before)  # the profiler's own start-up then falls outside of what is recorded
-    active = run.profile[1] - run.profile[0] + 1
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if run.env.device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-
-    def save(profiler: Any) -> None:
-        path = run.folder / "profile" / f"rank_{run.env.rank}_steps_{run.profile[0]}_{run.profile[1]}.json.gz"  # pyright: ignore[reportOptionalSubscript]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(path))
-        log.info("wrote the profile %s", path)
-
-    return torch.profiler.profile(
-        activities=activities,
-        schedule=torch.profiler.schedule(skip_first=before - warmup, wait=0, warmup=warmup, active=active, repeat=1),
-        on_trace_ready=save,
-    )

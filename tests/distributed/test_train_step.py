@@ -63,7 +63,7 @@ def train_on(run: Run) -> dict[str, Any]:
     per_rank = 12 // run.env.world_size
     mine = slice(run.env.rank * per_rank, (run.env.rank + 1) * per_rank)
     for batch in whole_batches():
-        losses.append(train_step(run, {k: v[mine] for k, v in batch.items()}, lr=1e-3)[0])
+        losses.append(train_step(run, {k: v[mine] for k, v in batch.items()}, lr=1e-3)[0][0])
         hook.remove()
     weights = {n: p.detach().clone() for n, p in run.state.model.named_parameters()}
     return {"losses": torch.stack(losses), "gradients": gradients, "weights": weights}

@@ -12,11 +12,13 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from clipq.build import build_run, build_writers
+from clipq.config.groups import ConfigError
 from clipq.config.hydra import configs_dir, register, to_job
 from clipq.config.schema import TrainJob
 from clipq.dist.env import distributed
 from clipq.eval.common import Encoder, EvalError, EvalResult
 from clipq.log.console import Console
+from clipq.log.writers import scalars
 from clipq.optim.loss_scale import FixedLossScaler
 from clipq.train.loop import NonFiniteError, Normalize, Run, due, owed, train
 from tests.helpers import read_metrics
@@ -229,3 +231,27 @@ def test_overflow_of_a_tensor_is_an_event(arch: Path, shards: list[str]) -> None
     moved = [not torch.equal(a, b) for a, b in itertools.pairwise([*calls, spoiled.detach()])]
     assert moved == [True, True, False, True, True, True]
     assert run.state.scaler.skipped == {name: 1}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "stable_adamw"])
+def test_rms_goes_into_the_metrics(optimizer: str, arch: Path, shards: list[str]) -> None:
+    run = run_of(arch, shards, f"optim={optimizer}", "watch.every=2", "watch.rms=[visual.conv1.weight,logit_scale]")
+    train(run)
+    rows = read_metrics(Path("run"))
+    assert ["rms" in row for row in rows] == [False, True] * 3
+    for row in rows[1::2]:
+        assert set(row["rms"]) == {"visual.conv1.weight", "logit_scale"}
+        assert 0.1 < row["rms"]["visual.conv1.weight"] < 10
+    assert scalars(rows[1])["rms/logit_scale"] == rows[1]["rms"]["logit_scale"]
+
+
+def test_a_pattern_that_matches_nothing(arch: Path, shards: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"watch\.rms=.*'visual\.nothing\*' matches no trained parameter"):
+        run_of(arch, shards, "watch.rms=[visual.nothing*]")
+
+
+def test_nothing_is_watched_on_request(arch: Path, shards: list[str]) -> None:
+    run = run_of(arch, shards, "watch.rms=[]")
+    assert run.rms is None
+    train(run)
+    assert all("rms" not in row for row in read_metrics(Path("run")))

@@ -1,0 +1,97 @@
+"""RMS_t of chosen parameters: how far the second moment of a tensor is behind its gradients.
+
+RMS_t = sqrt(mean(g_t² / max(û_t, ε²))), about 1 in quiet training; in the paper a value of 2.3 and more in the patch
+embedding comes 1 to 8 steps before a loss spike. Source: Wortsman et al., https://arxiv.org/abs/2304.13013, section 3.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from clipq.model.surgery import blocks
+from clipq.optim.shards import local, numel, reducer
+from clipq.optim.stable_adamw import StableAdamW
+
+DEFAULT = "default"
+
+
+def choose(model: nn.Module, patterns: list[str]) -> dict[str, nn.Parameter]:
+    """The trained parameters whose names match any of the patterns, in the order of the model.
+
+    Args:
+        patterns: as of a shell (`visual.*`), or "default": patch embedding, token and position embeddings, logit scale,
+            and of the first and last block of each tower the two largest matrices that a norm feeds.
+
+    Raises:
+        ValueError: a pattern that nothing matches.
+    """
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    chosen: set[str] = set()
+    for pattern in patterns:
+        found = _default(model) & named.keys() if pattern == DEFAULT else set(fnmatch.filter(named, pattern))
+        if not found:
+            near = ", ".join(list(named)[:3])
+            raise ValueError(f"{pattern!r} matches no trained parameter; they are named {near}, …")
+        chosen |= found
+    return {n: p for n, p in named.items() if n in chosen}
+
+
+def _default(model: nn.Module) -> set[str]:
+    ends = [("visual.conv1.weight"), "logit_scale"]
+    ends += [n for n, _ in model.named_parameters() if n.endswith(("token_embedding.weight", "positional_embedding"))]
+    towers: dict[str, list[str]] = {}
+    for name, _ in blocks(model):
+        towers.setdefault(name.rpartition(".")[0], []).append(name)
+    for names in towers.values():
+        ends += [f"{block}.{w}.weight" for block in (names[0], names[-1]) for w in ("attn.in_proj", "mlp.c_fc")]
+    # attention's projection goes by OpenCLIP's name in a state dict, by its own here
+    return set(ends)
+
+
+class RmsWatch:
+    """RMS_t of parameters after a step, without waiting for the device.
+
+    Args:
+        params: name -> parameter.
+        optimizer: `StableAdamW`, which has computed it, or torch's `AdamW`, from whose state it is computed.
+        every: steps between two that are watched.
+    """
+
+    def __init__(self, params: dict[str, nn.Parameter], optimizer: AdamW | StableAdamW, every: int) -> None:
+        self.names = list(params)
+        self.every = every
+        self._params, self._optimizer = list(params.values()), optimizer
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        """[names] float32 of the step that was just made, to be called before the gradients are dropped.
+
+        NaN for a parameter without a gradient.
+        """
+        nan = torch.full((), math.nan, device=local(self._params[0]).device)
+        if isinstance(self._optimizer, StableAdamW):
+            return torch.stack([self._optimizer.rms.get(p, nan).float() for p in self._params])
+        settings = {p: group for group in self._optimizer.param_groups for p in group["params"]}
+        have = [p for p in self._params if p.grad is not None and p in self._optimizer.state]
+        sums = [_ratio_sum(p, self._optimizer.state[p], settings[p]) for p in have]
+        if not have:
+            return nan.expand(len(self._params)).clone()
+        total, reduce = torch.stack(sums), reducer(list(have))
+        total = total if reduce is None else reduce(total)
+        rms = {p: (t / max(1, numel(p))).sqrt() for p, t in zip(have, total.unbind(), strict=True)}
+        return torch.stack([rms.get(p, nan) for p in self._params])
+
+
+def _ratio_sum(p: nn.Parameter, state: dict[str, Tensor], group: dict[str, object]) -> Tensor:
+    betas: tuple[float, float] = group["betas"]  # pyright: ignore[reportAssignmentType]
+    eps: float = group["eps"]  # pyright: ignore[reportAssignmentType]
+    assert p.grad is not None
+    grad, moment = local(p.grad).float(), local(state["exp_avg_sq"]).float()
+    correction = (1 - betas[1] ** state["step"].double()).float().to(grad.device, non_blocking=True)
+    least = max(eps**2, torch.finfo(torch.float32).tiny)
+    return (grad.square() / (moment / correction).clamp(min=least)).sum()
