@@ -8,7 +8,22 @@ from pathlib import Path
 import clipq
 
 LAYERS = [
-    *("cli", "build", "train", "watch", "eval", "report", "model", "lowp", "optim", "loss", "data", "dist", "log"),
+    *(
+        "cli",
+        "build",
+        "build_backend",
+        "train",
+        "watch",
+        "eval",
+        "report",
+        "model",
+        "lowp",
+        "optim",
+        "loss",
+        "data",
+        "dist",
+        "log",
+    ),
     *("kernels", "config"),
 ]
 PACKAGE = Path(clipq.__file__).parent

@@ -38,7 +38,7 @@ def eval_job(job: EvalJob, resolved: str) -> None:
 
 def _evaluate(job: EvalJob, env: DistEnv) -> None:
     from clipq.build import build_encoder, build_evaluators, build_model, reported_as_config_error
-    from clipq.build.backend import convert
+    from clipq.build_backend import convert
     from clipq.eval.common import EvalError
     from clipq.log.console import Console, setup_logging
     from clipq.log.folder import environment

@@ -65,7 +65,7 @@ def test_recipes_train(recipe: str, arch: Path, shards: list[str], tmp_path: Pat
 def test_blocks_are_really_compiled(arch: Path, shards: list[str]) -> None:
     from torch._dynamo.utils import counters
 
-    from clipq.build.backend import compile_blocks
+    from clipq.build_backend import compile_blocks
     from clipq.config.groups import BackendConfig
     from clipq.dist.env import distributed
     from clipq.model.clip import create_model

@@ -10,7 +10,7 @@ import open_clip
 import pytest
 import torch
 
-from clipq.build.backend import convert, image_tokens
+from clipq.build_backend import convert, image_tokens
 from clipq.config.choices import Recipe
 from clipq.config.groups import BackendConfig, ConfigError
 from clipq.lowp import RECIPES

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from clipq.build import build_captions, build_model, build_optimizer, build_schedule, build_stream
-from clipq.build.backend import convert
+from clipq.build_backend import convert
 from clipq.config.choices import Decay, Fp8, Optimizer, Recipe
 from clipq.config.groups import (
     AugmentConfig,

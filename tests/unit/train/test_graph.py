@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from clipq.build.backend import wants_graph
+from clipq.build_backend import wants_graph
 from clipq.config.choices import Switch
 from clipq.train.graph import WARMUP, Graphed
 

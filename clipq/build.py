@@ -1,4 +1,4 @@
-"""The composition root: configuration -> objects. The only package that sees both."""
+"""The composition root: configuration -> objects. The only place that sees both."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from clipq.build.backend import AUTOCAST, compile_blocks, convert, wants_graph
+from clipq.build_backend import AUTOCAST, compile_blocks, convert, wants_graph
 from clipq.config.choices import Optimizer, Precision, TaskKind, Wandb
 from clipq.config.groups import (
     BackendConfig,
