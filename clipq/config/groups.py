@@ -304,8 +304,8 @@ class WatchConfig:
     rms: list[str] = field(default_factory=lambda: ["default"])
     """Parameters whose RMS_t goes into the metrics, as patterns of names (`visual.*`), or `default`: embeddings, logit
     scale, first and last blocks; [] for none. See docs/stability.md."""
-    every: int = 1
-    """Steps between two that are watched."""
+    every: int = 10
+    """Steps between two that are watched. With optim=stable_adamw RMS_t is there anyway, and 1 costs nothing."""
 
     def __post_init__(self) -> None:
         require(self.every >= 1, f"watch.every={self.every}: expected 1 or more steps; watch.rms=[] watches nothing")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -53,9 +54,13 @@ def reducer(params: list[Tensor]) -> Callable[[Tensor], Tensor] | None:
 
     def reduce(sums: Tensor) -> Tensor:
         for (mesh, dim), indices in wanted.items():
-            part = sums[indices]
+            if len(indices) == len(params):
+                dist.all_reduce(sums, group=mesh.get_group(dim))
+                continue
+            places = torch.tensor(indices, device=sums.device)
+            part = sums[places]
             dist.all_reduce(part, group=mesh.get_group(dim))
-            sums[indices] = part
+            sums[places] = part
         return sums
 
     return reduce

@@ -218,6 +218,7 @@ class _Set:
     def __init__(self, tensors: Tensors, indices: list[int]) -> None:
         self.indices, self.count = indices, len(indices)
         device = tensors.params[indices[0]].device
+        self.places = _upload(indices, torch.int64, device)
         chunks, first_chunk = [], [0]
         for place, i in enumerate(indices):
             size = tensors.params[i].numel()
@@ -303,16 +304,16 @@ def step(tensors: Tensors, reduce: Callable[[Tensor], Tensor] | None) -> Tensor:
         if sums is not None:
             part = torch.empty(own.count, device=device)
             launch(_add_chunks, (own.count,), own.sums, own.first_chunk, part, constants={})
-            sums[own.indices] = part
+            sums[own.places] = part
     if reduce is not None and sums is not None:
         sums = reduce(sums)
     for constants, own in sets:
         launch(
             *(_update, (own.programs,), own.pointers(tensors), own.chunks, own.first_chunk, own.numels, hypers),
-            *(own.current, own.sums if sums is None else sums[own.indices], own.rms, scale, found_inf, own.count),
+            *(own.current, own.sums if sums is None else sums[own.places], own.rms, scale, found_inf, own.count),
             constants=constants | scaled | {"CHECKED": tensors.found_inf is not None, "CHUNKED": sums is None} | end,
             warps=8,
         )
         if rms is not None:
-            rms[own.indices] = own.rms
+            rms[own.places] = own.rms
     return sets[0][1].rms if rms is None else rms
