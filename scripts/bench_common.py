@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import re
 import statistics
 import subprocess
 import time
@@ -79,11 +80,19 @@ def median(values: list[float]) -> float:
     return statistics.median(values)
 
 
-def write(path: str, kind: str, title: str, results: dict[str, Any]) -> None:
+def write(path: str | Path, kind: str, title: str, results: dict[str, Any]) -> None:
     """Writes results with what they were measured on."""
-    facts = environment(torch.device("cuda"), 1)
-    facts["command"] = facts["command"].partition(" --out")[0]  # the file's place is of one machine
-    content = {"title": title, "kind": kind, "environment": facts, "power": _power(), "results": results}
+    on_gpu = torch.cuda.is_available()
+    facts = environment(torch.device("cuda" if on_gpu else "cpu"), 1)
+    # where files lie is of one machine
+    facts["command"] = re.sub(r" (--out[ =]|data\.root=)\S+", "", facts["command"])
+    content = {
+        "title": title,
+        "kind": kind,
+        "environment": facts,
+        "power": _power() if on_gpu else "",
+        "results": results,
+    }
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path}")

@@ -18,9 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
+from bench_common import write
 
-from clipq.log.folder import environment
 from clipq.lowp import RECIPES
 
 RUNS = Path("runs/recipes")
@@ -70,11 +69,7 @@ def main() -> None:
         loss, top1 = (interval(v) for v in ([r["losses"][-1] for r in own], [r["metrics"]["top1"] for r in own]))
         results[recipe] = {"seeds": len(own), "loss": loss, "top1": top1, "runs": own}
         print(f"{recipe:20} loss {loss[0]:.4f} ± {loss[1] or 0:.4f}   top-1 {top1[0]:.2%} ± {top1[1] or 0:.2%}")
-    facts = environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"), 1)
-    facts["command"] = "compare_recipes.py " + " ".join(o for o in overrides if not o.startswith("data.root="))
-    content = {"title": "Every recipe from the same seeds", "kind": "recipes", "environment": facts, "results": results}
-    options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {options.out}")
+    write(options.out, "recipes", "Every recipe from the same seeds", results)
 
 
 if __name__ == "__main__":

@@ -62,3 +62,12 @@ def test_configuration_imports_nothing_of_clipq() -> None:
     """A mistake in the configuration is told before torch is imported."""
     for name in ("choices", "groups", "schema"):
         assert all(m.startswith("clipq.config.") for m in imports(PACKAGE / "config" / f"{name}.py"))
+
+
+def test_the_library_needs_nothing_else_of_clipq() -> None:
+    """What others take into their own training code."""
+    library = {"lowp", "optim", "kernels"}
+    files = [path for name in library for path in (PACKAGE / name).rglob("*.py")]
+    assert len(files) > 20
+    for path in files:
+        assert {layer(module) for module in imports(path)} <= library, path

@@ -3,6 +3,7 @@
 A folder holds one family: `reference.py` in plain torch, which the CPU runs and tests compare with, `triton.py` for
 CUDA, and `__init__.py`, which registers both under one operator and is what others call. Triton is imported when the
 first operator runs on a GPU. The operators have no gradients: `clipq.lowp` builds differentiable functions of them.
+`stable_adamw`, which works on lists of tensors in place, is no operator: `clipq.optim` calls it.
 """
 
 from clipq.kernels.gelu import gelu_backward_quantize, gelu_quantize

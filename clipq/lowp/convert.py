@@ -89,7 +89,7 @@ def convert_linears(
         else:
             report.kept[name] = why
     for name, block in list(model.named_modules()):
-        if isinstance(block, nn.TransformerEncoderLayer):
+        if isinstance(block, nn.TransformerEncoderLayer) and isinstance(block.linear1, LowpLinear):
             # Evaluating, torch would hand the weights of linear1 and linear2 to a kernel of its own, in 16 bits.
             block.activation_relu_or_gelu = 0
         if getattr(block, "fused", ...) is None and hasattr(block, "pairs"):  # one of clipq's blocks, not fused yet
@@ -124,7 +124,8 @@ def _obstacle(
 
 @contextmanager
 def quantized_once(model: nn.Module) -> Iterator[None]:
-    """Quantizes the weights of a model's low-precision layers now, and not again inside of the block.
+    """Quantizes the weights of a model's low-precision layers once for all forwards inside of the block: now, or, of
+    layers that FSDP has sharded, in their first forward.
 
     Put the micro-steps of one optimizer step into it. Without it each forward quantizes its weights, which is always
     right.

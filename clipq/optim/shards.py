@@ -25,11 +25,6 @@ def local(t: Tensor) -> Tensor:
     return t if whole is None else whole.to_local()
 
 
-def numel(t: Tensor) -> int:
-    """Elements of the whole tensor."""
-    return t.numel()
-
-
 def reducer(params: list[Tensor]) -> Callable[[Tensor], Tensor] | None:
     """Adds numbers of shards, [params], over the processes that hold the others; None where nothing is sharded.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clipq.kernels.stable_adamw import Hyper, Tensors, foreach, reference
-from clipq.optim.shards import local, numel, reducer
+from clipq.optim.shards import local, reducer
 
 FUSED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -83,8 +83,12 @@ class StableAdamW(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        if hasattr(self, "_path"):  # a group added later
-            _check(self.param_groups[-1])
+        if not hasattr(self, "_path"):
+            return
+        group = self.param_groups[-1]  # added later
+        _check(group)
+        if self._path == "fused":
+            _require_fusable(group["params"])
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {  # pyright: ignore[reportAttributeAccessIssue]
@@ -159,7 +163,7 @@ class StableAdamW(Optimizer):
             exp_avgs=[local(s["exp_avg"]) for s in states],
             exp_avg_sqs=[local(s["exp_avg_sq"]) for s in states],
             steps=[s["step"] for s in states],
-            numels=[numel(p) for p in params],
+            numels=[p.numel() for p in params],  # of a DTensor those of the whole
             groups=groups,
             hypers=[_hyper(group) for group in self.param_groups],
             grad_scale=getattr(self, "grad_scale", None),
@@ -206,13 +210,10 @@ def _path(params: list[Tensor], use_foreach: bool | None, use_fused: bool | None
         raise ValueError(
             "StableAdamW: foreach=True reads the steps on the host, which capturable=True forbids: use fused"
         )
-    bad = next((p for p in params if not _fusable(p)), None)
-    if use_fused and bad is not None:
-        raise ValueError(
-            "StableAdamW: fused=True needs dense float32, bfloat16 or float16 parameters on CUDA, and one is "
-            f"{bad.dtype} on {bad.device} with strides {bad.stride()}: leave fused out"
-        )
-    if use_fused or (use_fused is None and not use_foreach and params and bad is None):
+    if use_fused:
+        _require_fusable(params)
+        return "fused"
+    if use_fused is None and not use_foreach and params and all(map(_fusable, params)):
         return "fused"
     on_cuda = bool(params) and all(p.is_cuda for p in params)
     return "foreach" if use_foreach or (use_foreach is None and on_cuda and not capturable) else "reference"
@@ -220,7 +221,17 @@ def _path(params: list[Tensor], use_foreach: bool | None, use_fused: bool | None
 
 def _fusable(p: Tensor) -> bool:
     """Whether the kernels, which go through memory in its order, can take the parameter."""
-    return p.is_cuda and p.dtype in FUSED_TYPES and torch.empty_like(local(p)).stride() == local(p).stride()
+    like = torch.empty_like(local(p), device="meta")  # dense, in the order of the parameter's dimensions
+    return p.is_cuda and p.dtype in FUSED_TYPES and like.stride() == local(p).stride()
+
+
+def _require_fusable(params: list[Tensor]) -> None:
+    bad = next((p for p in params if not _fusable(p)), None)
+    if bad is not None:
+        raise ValueError(
+            "StableAdamW: fused=True needs dense float32, bfloat16 or float16 parameters on CUDA, and one is "
+            f"{bad.dtype} on {bad.device} with strides {bad.stride()}: leave fused out"
+        )
 
 
 def _check(group: dict[str, Any]) -> None:

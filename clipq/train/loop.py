@@ -172,13 +172,13 @@ def train_step(run: Run, batch: dict[str, Tensor], lr: float) -> tuple[Tensor, T
         loss_and_scale = run.graph(batch["image"], batch["text"])
 
     norm = torch.full((1,), math.nan, device=run.env.device)
-    watched = run.rms is not None and (state.step + 1) % run.rms.every == 0
-    if run.clip_norm is not None or watched:
+    watch = run.rms if run.rms is not None and (state.step + 1) % run.rms.every == 0 else None
+    if run.clip_norm is not None or watch is not None:
         state.scaler.unscale_(state.optimizer)
     if run.clip_norm is not None:
         norm = nn.utils.clip_grad_norm_(state.model.parameters(), run.clip_norm).view(1)
     state.scaler.step(state.optimizer)
-    rms = run.rms() if run.rms is not None and watched else None
+    rms = None if watch is None else watch()
     state.scaler.update()
     if isinstance(state.scaler, FixedLossScaler) and state.scaler.left_out:
         left_out(run, state.scaler.left_out)

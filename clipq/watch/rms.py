@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from clipq.kernels.stable_adamw.reference import least
 from clipq.model.surgery import blocks
-from clipq.optim.shards import local, numel, reducer
+from clipq.optim.shards import local, reducer
 from clipq.optim.stable_adamw import StableAdamW
 
 DEFAULT = "default"
@@ -42,15 +43,14 @@ def choose(model: nn.Module, patterns: list[str]) -> dict[str, nn.Parameter]:
 
 
 def _default(model: nn.Module) -> set[str]:
-    ends = [("visual.conv1.weight"), "logit_scale"]
-    ends += [n for n, _ in model.named_parameters() if n.endswith(("token_embedding.weight", "positional_embedding"))]
+    found = ["visual.conv1.weight", "logit_scale"]
+    found += [n for n, _ in model.named_parameters() if n.endswith(("token_embedding.weight", "positional_embedding"))]
     towers: dict[str, list[str]] = {}
     for name, _ in blocks(model):
         towers.setdefault(name.rpartition(".")[0], []).append(name)
     for names in towers.values():
-        ends += [f"{block}.{w}.weight" for block in (names[0], names[-1]) for w in ("attn.in_proj", "mlp.c_fc")]
-    # attention's projection goes by OpenCLIP's name in a state dict, by its own here
-    return set(ends)
+        found += [f"{block}.{w}.weight" for block in (names[0], names[-1]) for w in ("attn.in_proj", "mlp.c_fc")]
+    return set(found)
 
 
 class RmsWatch:
@@ -83,7 +83,7 @@ class RmsWatch:
             return nan.expand(len(self._params)).clone()
         total, reduce = torch.stack(sums), reducer(list(have))
         total = total if reduce is None else reduce(total)
-        rms = {p: (t / max(1, numel(p))).sqrt() for p, t in zip(have, total.unbind(), strict=True)}
+        rms = {p: (t / max(1, p.numel())).sqrt() for p, t in zip(have, total.unbind(), strict=True)}
         return torch.stack([rms.get(p, nan) for p in self._params])
 
 
@@ -93,5 +93,4 @@ def _ratio_sum(p: nn.Parameter, state: dict[str, Tensor], group: dict[str, objec
     assert p.grad is not None
     grad, moment = local(p.grad).float(), local(state["exp_avg_sq"]).float()
     correction = (1 - betas[1] ** state["step"].double()).float().to(grad.device, non_blocking=True)
-    least = max(eps**2, torch.finfo(torch.float32).tiny)
-    return (grad.square() / (moment / correction).clamp(min=least)).sum()
+    return (grad.square() / (moment / correction).clamp(min=least(eps, torch.float32))).sum()

@@ -17,15 +17,7 @@ from clipq.lowp import RECIPES
 from clipq.lowp.speed import Speed, SpeedTable
 from clipq.model.clip import create_model
 from clipq.model.surgery import blocks
-from tests.helpers import colour_shards, command, read_metrics, tiny_arch
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    colour_shards(folder / "data", [40, 31, 57])
-    tiny_arch(folder)
-    return folder
+from tests.helpers import command, read_metrics, tiny_arch
 
 
 def run(world: Path, name: str, *overrides: str, **env: str) -> list[float]:

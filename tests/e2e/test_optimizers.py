@@ -6,15 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import colour_shards, command, read_metrics, tiny_arch
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    colour_shards(folder / "data", [40, 31, 57])
-    tiny_arch(folder)
-    return folder
+from tests.helpers import command, read_metrics
 
 
 def losses(world: Path, name: str, *overrides: str) -> list[float]:

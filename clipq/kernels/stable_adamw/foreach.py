@@ -16,16 +16,14 @@ from clipq.kernels.stable_adamw import Hyper, Tensors
 from clipq.kernels.stable_adamw.reference import clipped_rates, decays, least, rms_of
 
 
-def _batches(tensors: Tensors) -> list[tuple[Hyper, float, list[int]]]:
+def _batches(tensors: Tensors) -> list[tuple[Hyper, list[int]]]:
     """Indices of tensors that share group, step and type: what one call over a list may take together."""
 
     def key(i: int) -> tuple[Any, ...]:
         return tensors.groups[i], tensors.steps[i].item(), str(tensors.params[i].dtype), str(tensors.exp_avgs[i].dtype)
 
-    found = []
-    for (group, step, *_), indices in groupby(sorted(range(len(tensors.params)), key=key), key):
-        found.append((tensors.hypers[group], step, list(indices)))
-    return found
+    indices = sorted(range(len(tensors.params)), key=key)
+    return [(tensors.hypers[group], list(same)) for (group, *_), same in groupby(indices, key)]
 
 
 def _gradients(tensors: Tensors, indices: list[int]) -> list[Tensor]:
@@ -36,13 +34,13 @@ def _gradients(tensors: Tensors, indices: list[int]) -> list[Tensor]:
 def ratio_sums(tensors: Tensors) -> Tensor:
     """As in `reference`."""
     sums: list[Any] = [None] * len(tensors.params)
-    for hyper, _, indices in _batches(tensors):
+    for hyper, indices in _batches(tensors):
         _, beta2, _, correction2 = decays(hyper, tensors.steps[indices[0]])
         squares = _gradients(tensors, indices)
         squares = list(torch._foreach_mul(squares, squares))
         debiased = list(torch._foreach_lerp([tensors.exp_avg_sqs[i] for i in indices], squares, 1 - cast(float, beta2)))
         torch._foreach_div_(debiased, cast(float, correction2))
-        torch._foreach_clamp_min_(debiased, least(hyper, debiased[0].dtype))
+        torch._foreach_clamp_min_(debiased, least(hyper.eps, debiased[0].dtype))
         torch._foreach_div_(squares, debiased)
         # no term is negative: the sum of magnitudes is the sum
         for i, total in zip(indices, torch._foreach_norm(squares, 1), strict=True):
@@ -54,7 +52,7 @@ def ratio_sums(tensors: Tensors) -> Tensor:
 def update(tensors: Tensors, sums: Tensor) -> Tensor:
     """As in `reference`."""
     rms = rms_of(tensors, sums)
-    for hyper, _, indices in _batches(tensors):
+    for hyper, indices in _batches(tensors):
         params, m, u = (
             [values[i] for i in indices] for values in (tensors.params, tensors.exp_avgs, tensors.exp_avg_sqs)
         )

@@ -19,9 +19,9 @@ def decays(hyper: Hyper, step: Tensor) -> tuple[float, float | Tensor, float | T
     return hyper.beta1, 1 - t**-hyper.beta2_power, 1 - hyper.beta1**t, 1.0
 
 
-def least(hyper: Hyper, dtype: torch.dtype) -> float:
+def least(eps: float, dtype: torch.dtype) -> float:
     """ε², or the least that the type has: a gradient of 0 whose moment is 0 has a ratio of 0."""
-    return max(hyper.eps**2, torch.finfo(dtype).tiny)
+    return max(eps**2, torch.finfo(dtype).tiny)
 
 
 def _gradient(tensors: Tensors, i: int) -> Tensor:
@@ -37,7 +37,7 @@ def ratio_sums(tensors: Tensors) -> Tensor:
         _, beta2, _, correction2 = decays(hyper, tensors.steps[i])
         squares = _gradient(tensors, i).square()
         debiased = (u * beta2 + squares * (1 - beta2)) / correction2
-        sums.append((squares / debiased.clamp(min=least(hyper, u.dtype))).sum())
+        sums.append((squares / debiased.clamp(min=least(hyper.eps, u.dtype))).sum())
     dtype = torch.float64 if any(s.dtype is torch.float64 for s in sums) else torch.float32
     return torch.stack([s.to(dtype) for s in sums])
 

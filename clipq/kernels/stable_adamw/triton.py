@@ -202,7 +202,7 @@ def _row(hyper: Hyper) -> list[float]:
     lr = 0.0 if isinstance(hyper.lr, Tensor) else hyper.lr  # a tensor is copied into the table
     return [
         *(lr, 1 - hyper.beta1, hyper.beta2, 1 - hyper.beta2, hyper.beta2_power or 0.0, log1, log2, hyper.eps),
-        *(least(hyper, torch.float32), hyper.clip_threshold, hyper.weight_decay),
+        *(least(hyper.eps, torch.float32), hyper.clip_threshold, hyper.weight_decay),
     ]
 
 

@@ -328,6 +328,9 @@ def test_a_group_added_later() -> None:
     optimizer.add_param_group({"params": params[1:], "lr": 1e-3})
     run(optimizer, params, 2, first=3)
     assert optimizer.state[params[1]]["step"].item() == 2
+    optimizer._path = "fused"  # as on a GPU
+    with pytest.raises(ValueError, match="float32 on cpu"):
+        optimizer.add_param_group({"params": parameters(torch.float32, [(2,)])})
     with pytest.raises(ValueError, match="eps=0"):
         optimizer.add_param_group({"params": parameters(torch.float32, [(2,)]), "eps": 0})
 
