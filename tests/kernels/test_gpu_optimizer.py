@@ -19,7 +19,8 @@ LARGE = [(), (1280,), (1280, 1280), (49408, 64), (3, 14, 14, 1280), (40_001,)]
 def models(dtype: torch.dtype = torch.float32) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The same parameters on the GPU and, in float64, on the CPU."""
     g = torch.Generator().manual_seed(0)
-    start = [torch.randn(s, generator=g).to(dtype) for s in LARGE]
+    # As small as weights are: of larger ones float32 loses more to rounding in 200 steps than the tests allow.
+    start = [(0.02 * torch.randn(s, generator=g)).to(dtype) for s in LARGE]
     return [nn.Parameter(t.cuda()) for t in start], [nn.Parameter(t.double()) for t in start]
 
 
@@ -59,7 +60,8 @@ def test_fused_is_the_default_and_never_waits() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         optimizer.step()
         torch.cuda.synchronize()
-    kernels = [e.name for e in profiler.events() if "Mem" not in e.name]
+    on_gpu = [e for e in profiler.events() if e.device_type is torch.autograd.DeviceType.CUDA]
+    kernels = [e.name for e in on_gpu if "Mem" not in e.name]
     assert sorted(kernels) == ["_ratio_sums", "_update"]
 
 
