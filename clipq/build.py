@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clipq.build_backend import AUTOCAST, compile_blocks, convert, wants_graph
+from clipq.build_watch import build_guard, build_watch
 from clipq.config.choices import Optimizer, Precision, TaskKind, Wandb
 from clipq.config.groups import (
     BackendConfig,
@@ -27,7 +28,6 @@ from clipq.config.groups import (
     OptimConfig,
     ParallelConfig,
     TaskConfig,
-    WatchConfig,
 )
 from clipq.config.hydra import configs_dir
 from clipq.config.schema import TrainJob
@@ -50,10 +50,11 @@ from clipq.optim.loss_scale import FixedLossScaler
 from clipq.optim.stable_adamw import StableAdamW
 from clipq.train.checkpoint import Checkpoints, load, newest
 from clipq.train.graph import Graphed
-from clipq.train.loop import Normalize, Run, forward_backward
+from clipq.train.loop import forward_backward
+from clipq.train.run import Normalize, Run
 from clipq.train.schedule import Schedule
 from clipq.train.state import TrainState
-from clipq.watch.rms import RmsWatch, choose
+from clipq.watch.spikes import Rules, SpikeDetector
 
 log = logging.getLogger(__name__)
 
@@ -112,15 +113,6 @@ def build_scaler(model: nn.Module, config: BackendConfig, env: DistEnv) -> torch
     if config.loss_scale is not None:
         return FixedLossScaler(model.named_parameters(), config.loss_scale)
     return torch.amp.GradScaler(env.device.type, enabled=config.precision is Precision.fp16)
-
-
-def build_rms(model: nn.Module, optimizer: torch.optim.AdamW | StableAdamW, config: WatchConfig) -> RmsWatch | None:
-    if not config.rms:
-        return None
-    try:
-        return RmsWatch(choose(model, config.rms), optimizer, config.every)
-    except ValueError as error:
-        raise ConfigError(f"watch.rms={config.rms}: {error}") from error
 
 
 def build_schedule(job: TrainJob) -> Schedule:
@@ -272,7 +264,8 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
     clip.model.to(env.device)
     convert(clip, job.backend, pairs=job.batch_size // env.world_size, training=True)
     optimizer = build_optimizer(clip.model, job.optim)
-    state = TrainState(clip.model, optimizer, build_scaler(clip.model, job.backend, env))
+    spikes = SpikeDetector(Rules(ignore=job.watch.ignore))
+    state = TrainState(clip.model, optimizer, build_scaler(clip.model, job.backend, env), spikes=spikes)
     torch.manual_seed(job.seed + env.rank)  # dropout differs between ranks, initial weights do not
 
     stream = build_stream(job.data, clip, env, batch_size=job.batch_size, seed=job.seed)
@@ -284,7 +277,8 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
         "shards": len(shards),
         "shard_names": names_digest(shards),
     }
-    rms = build_rms(clip.model, optimizer, job.watch)
+    recorded = wants_graph(job, clip, env)
+    watch = build_watch(clip.model, optimizer, job.watch, env, recorded=recorded)
     checkpoints = Checkpoints(
         folder / "checkpoints",
         env,
@@ -319,12 +313,14 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
         flops_per_image=flops,
         clip_norm=job.optim.clip_norm,
         max_logit_scale=job.max_logit_scale,
-        rms=rms,
+        guard=build_guard(clip.model, job),
+        watch=watch,
+        quantization_every=job.watch.quantization,
         log_every=job.log.every,
         eval_every=job.eval.every,
         profile=(job.log.profile[0], job.log.profile[1]) if job.log.profile else None,
     )
-    if wants_graph(job, clip, env):
+    if recorded:
         run.graph = Graphed(
             functools.partial(forward_backward, run), before_recording=optimizer.zero_grad, device=env.device
         )
@@ -360,7 +356,7 @@ def resume(checkpoints: Checkpoints, state: TrainState, env: DistEnv, loader: di
             )
 
 
-def _batches(stream: TrainStream, workers: int, prefetch: int, env: DistEnv, step: int) -> Iterator[dict[str, Tensor]]:
+def _batches(stream: TrainStream, workers: int, prefetch: int, env: DistEnv, step: int) -> Generator[dict[str, Any]]:
     loader = make_loader(
         stream.starting_at(step), workers=workers, prefetch=prefetch, pin_memory=env.device.type == "cuda"
     )

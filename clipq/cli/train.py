@@ -73,7 +73,8 @@ def _train(job: TrainJob, folder: Path, yaml: str, env: DistEnv) -> None:
     from clipq.log.console import Console, setup_logging
     from clipq.log.folder import environment, flatten_yaml, write_folder
     from clipq.train.checkpoint import CheckpointError, disk_is_full
-    from clipq.train.loop import NonFiniteError, owed, train, write
+    from clipq.train.loop import owed, train
+    from clipq.train.run import DivergedError, write
 
     with reported_as_config_error():  # which waits: every rank has read the folder before one of them changes it
         differing = _changes_since_checkpoint(job, folder, yaml)
@@ -99,7 +100,7 @@ def _train(job: TrainJob, folder: Path, yaml: str, env: DistEnv) -> None:
         log.info("finished: %s", folder)
     except ConfigError:
         raise
-    except (NonFiniteError, EvalError, CheckpointError) as error:  # on every rank at once: rank 0 speaks for all
+    except (DivergedError, EvalError, CheckpointError) as error:  # on every rank at once: rank 0 speaks for all
         log.log(logging.ERROR if env.is_main else logging.WARNING, "%s", error)
         raise SystemExit(1) from error
     except DataError as error:

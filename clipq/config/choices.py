@@ -72,3 +72,9 @@ class Wandb(Enum):
     off = "off"
     online = "online"
     offline = "offline"
+
+
+class GuardPolicy(Enum):
+    stop = "stop"
+    skip = "skip"
+    rewind = "rewind"

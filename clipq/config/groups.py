@@ -157,10 +157,9 @@ class BackendConfig:
     or a file made by `python -m clipq.lowp.measure`; `off` converts all."""
     compile: Switch = Switch.auto
     """torch.compile each block: auto compiles on CUDA only."""
-    cuda_graph: Switch = Switch.off
+    cuda_graph: Switch = Switch.auto
     """Record forward and backward of the training step as a CUDA graph, so that launches cost nothing. `auto` does it
-    with one process on one GPU, for models all of whose blocks are clipq's, without gradient checkpointing. `off` is
-    the default until the trainer has been tested with it on a GPU."""
+    with one process on one GPU, for models all of whose blocks are clipq's, without gradient checkpointing."""
 
     def __post_init__(self) -> None:
         require(
@@ -297,18 +296,6 @@ class LogConfig:
             self.profile is None or (len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1]),
             f"log.profile={self.profile}: expected [first, last], steps counted from 1",
         )
-
-
-@dataclass
-class WatchConfig:
-    rms: list[str] = field(default_factory=lambda: ["default"])
-    """Parameters whose RMS_t goes into the metrics, as patterns of names (`visual.*`), or `default`: embeddings, logit
-    scale, first and last blocks; [] for none. See docs/stability.md."""
-    every: int = 10
-    """Steps between two that are watched. With optim=stable_adamw RMS_t is there anyway, and 1 costs nothing."""
-
-    def __post_init__(self) -> None:
-        require(self.every >= 1, f"watch.every={self.every}: expected 1 or more steps; watch.rms=[] watches nothing")
 
 
 @dataclass

@@ -22,9 +22,9 @@ from clipq.config.groups import (
     OptimConfig,
     ParallelConfig,
     ScheduleConfig,
-    WatchConfig,
     require,
 )
+from clipq.config.watch import GuardConfig, WatchConfig
 
 
 @dataclass
@@ -51,6 +51,8 @@ class TrainJob:
     """When checkpoints are written and which are kept."""
     watch: WatchConfig = field(default_factory=WatchConfig)
     """What is watched to see instability coming."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """What happens to a step that would spoil the weights."""
     name: str = MISSING
     """Name of the run: its folder is `runs/<name>`. The same name again resumes the run."""
     runs: str = "runs"
@@ -78,6 +80,11 @@ class TrainJob:
         require(
             self.log.profile is None or self.log.profile[1] <= self.steps,
             f"log.profile={self.log.profile}: the run has steps={self.steps}: profile earlier ones, or raise steps",
+        )
+        require(
+            self.guard.rise is None or self.backend.precision is not Precision.fp16,
+            f"guard.rise={self.guard.rise} with backend.precision=fp16, whose loss scaling decides on each update: use "
+            "bf16, or guard.rise=null (losses that are not finite are seen with fp16 too)",
         )
         s = self.schedule
         require(

@@ -31,7 +31,10 @@ Tokenizer = Callable[[list[str]], Tensor]
 
 @dataclass(frozen=True)
 class TrainStream(IterableDataset):
-    """Endless training batches of one rank: {"image": [B, 3, H, W] uint8, "text": [B, context] int32}."""
+    """Endless training batches of one rank: {"image": [B, 3, H, W] uint8, "text": [B, context] int32, "key": [B]}.
+
+    A key is the shard that a sample is from and its key in there, `train/00007.tar/000123`.
+    """
 
     shards: list[str]
     transform: TrainTransform
@@ -47,7 +50,7 @@ class TrainStream(IterableDataset):
     start: int = 0
     """Batches of this rank that were delivered before."""
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
         workers, worker = (info.num_workers, info.id) if info else (1, 0)
         # DataLoader deals batches out in turn, beginning with worker 0. The batch at position p belongs to lane
@@ -77,13 +80,14 @@ class TrainStream(IterableDataset):
     def _encode(self, caption: str) -> Tensor:
         return self.tokenizer([caption])[0].to(torch.int32)
 
-    def _batch(self, raw: list[Sample], rng: random.Random, encode: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        pairs: list[tuple[Tensor, Tensor] | None] = []
+    def _batch(self, raw: list[Sample], rng: random.Random, encode: Callable[[str], Tensor]) -> dict[str, Any]:
+        pairs: list[tuple[Tensor, Tensor, str] | None] = []
         for sample in raw:
             try:
                 data = member(sample, self.image)
                 assert data is not None  # shuffled_samples lets no other sample through
-                pairs.append((self.transform(data, rng), encode(self.captions.one(sample, rng))))
+                image, text = self.transform(data, rng), encode(self.captions.one(sample, rng))
+                pairs.append((image, text, f"{sample['__url__']}/{sample['__key__']}"))
             except ValueError as error:
                 log.warning("sample %s of %s left out: %s", sample["__key__"], sample["__url__"], error)
                 pairs.append(None)
@@ -94,8 +98,8 @@ class TrainStream(IterableDataset):
                 f"the last was {raw[-1]['__key__']} of {raw[-1]['__url__']} (see the warnings before)"
             )
         # A sample that cannot be read is replaced by another of its batch: all others keep their places.
-        images, texts = zip(*(pair or rng.choice(good) for pair in pairs), strict=True)
-        return {"image": torch.stack(images), "text": torch.stack(texts)}
+        images, texts, keys = zip(*(pair or rng.choice(good) for pair in pairs), strict=True)
+        return {"image": torch.stack(images), "text": torch.stack(texts), "key": list(keys)}
 
 
 def default_workers(local_world_size: int) -> int:

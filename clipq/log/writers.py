@@ -30,7 +30,8 @@ def scalars(row: Row) -> dict[str, float]:
     numbers: dict[str, float] = {
         f"{row['kind']}/{k}": v for k, v in row.items() if k not in skip and isinstance(v, (int, float))
     }
-    return numbers | {f"rms/{name}": value for name, value in row.get("rms", {}).items()}
+    nested = {kind: values for kind, values in row.items() if isinstance(values, dict)}
+    return numbers | {f"{kind}/{name}": value for kind, values in nested.items() for name, value in values.items()}
 
 
 class JsonlWriter:

@@ -23,7 +23,8 @@ class Graphed:
 
     Args:
         function: tensors on the CPU or the GPU -> a tensor on the GPU.
-        before_recording: drops what earlier calls left, so that the recording makes it in the graph's own memory.
+        before_recording: drops what earlier calls left, so that the recording makes it in the graph's own memory, and
+            nothing keeps that memory when the recording is given up.
         device: the CUDA device.
     """
 
@@ -39,6 +40,15 @@ class Graphed:
     @property
     def recorded(self) -> bool:
         return self._graph is not None
+
+    def forget(self) -> None:
+        """Gives the recording's memory back, all that the function needs at its peak; the next call records again."""
+        if self._graph is None:
+            return
+        self._graph.reset()
+        self._graph, self._inputs, self._output = None, [], torch.empty(0)
+        self._before()
+        torch.cuda.empty_cache()
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """The function's result; after the recording always the same tensor, overwritten by the next call."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 from clipq.dist.gather import gather_objects
 from clipq.optim.loss_scale import FixedLossScaler
+from clipq.watch.spikes import SpikeDetector
 
 
 @dataclass
@@ -22,10 +23,13 @@ class TrainState:
     scaler: torch.amp.GradScaler | FixedLossScaler
     step: int = 0
     """Optimizer steps done."""
+    batches: int = 0
+    """Batches of each rank taken from the data: more than steps where the guard went back."""
     samples: int = 0
     """Pairs seen over all ranks."""
     seconds: float = 0.0
     """Training time."""
+    spikes: SpikeDetector = field(default_factory=SpikeDetector)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the model's weights, in tensors and plain values. Collective: every rank must call it."""
@@ -34,10 +38,12 @@ class TrainState:
             rng["cuda"] = torch.cuda.get_rng_state()
         return {
             "step": self.step,
+            "batches": self.batches,
             "samples": self.samples,
             "seconds": self.seconds,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "spikes": self.spikes.state_dict(),
             "rng": gather_objects(rng),
         }
 
@@ -46,7 +52,9 @@ class TrainState:
 
         The optimizer's settings stay those of now: who resumes with another beta2 means it.
         """
-        self.step, self.samples, self.seconds = saved["step"], saved["samples"], saved["seconds"]
+        self.step, self.batches, self.samples = saved["step"], saved["batches"], saved["samples"]
+        self.seconds = saved["seconds"]
+        self.spikes.load_state_dict(saved["spikes"])
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(saved["optimizer"])
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):

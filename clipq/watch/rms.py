@@ -59,12 +59,10 @@ class RmsWatch:
     Args:
         params: name -> parameter.
         optimizer: `StableAdamW`, which has computed it, or torch's `AdamW`, from whose state it is computed.
-        every: steps between two that are watched.
     """
 
-    def __init__(self, params: dict[str, nn.Parameter], optimizer: AdamW | StableAdamW, every: int) -> None:
+    def __init__(self, params: dict[str, nn.Parameter], optimizer: AdamW | StableAdamW) -> None:
         self.names = list(params)
-        self.every = every
         self._params, self._optimizer = list(params.values()), optimizer
 
     @torch.no_grad()

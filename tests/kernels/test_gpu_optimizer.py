@@ -57,7 +57,7 @@ def test_fused_is_the_default_and_never_waits() -> None:
         optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+    with torch.profiler.profile() as profiler:
         optimizer.step()
         torch.cuda.synchronize()
     on_gpu = [e for e in profiler.events() if e.device_type is torch.autograd.DeviceType.CUDA]

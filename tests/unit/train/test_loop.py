@@ -9,36 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
-from clipq.build import build_run, build_writers
 from clipq.config.groups import ConfigError
-from clipq.config.hydra import configs_dir, register, to_job
-from clipq.config.schema import TrainJob
 from clipq.dist.env import distributed
 from clipq.eval.common import Encoder, EvalError, EvalResult
-from clipq.log.console import Console
 from clipq.log.writers import scalars
+from clipq.lowp.linear import LowpLinear
 from clipq.optim.loss_scale import FixedLossScaler
-from clipq.train.loop import NonFiniteError, Normalize, Run, due, owed, train
+from clipq.train.loop import due, owed, train
+from clipq.train.run import DivergedError, Normalize, Run
 from tests.helpers import read_metrics
+from tests.unit.train import runs
 
 
 def run_of(arch: Path, shards: list[str], *overrides: str) -> Run:
-    register({})
-    with initialize_config_dir(str(configs_dir()), version_base="1.3"):
-        cfg = compose(
-            "train",
-            [
-                *(f"model.name={arch}", f"data.shards=[{','.join(shards)}]", "name=x", "batch_size=8", "steps=6"),
-                *("backend=fp32", "data.workers=0", "device=cpu", "log.every=2", "optim.clip_norm=1.0", *overrides),
-            ],
-        )
-    job = to_job(cfg, TrainJob)
     with distributed("cpu") as env:
-        run = build_run(job, env, Path("run"), "", Console(enabled=False))
-        run.writers = build_writers(job, Path("run"), env, step=run.state.step, config={})
-        return run
+        return runs.run_of(arch, shards, *overrides, env=env)
 
 
 def test_due() -> None:
@@ -91,7 +77,7 @@ def test_non_finite_loss_stops_before_it_is_saved(arch: Path, shards: list[str])
     poison = run.state.optimizer.register_step_post_hook(
         lambda *_: run.state.model.logit_scale.data.fill_(float("nan")) if run.state.step == 2 else None  # pyright: ignore
     )
-    with pytest.raises(NonFiniteError, match="the loss is nan at step 4"):
+    with pytest.raises(DivergedError, match="the loss is nan at step 4"):
         train(run)
     poison.remove()
     assert [p.name for p in Path("run/checkpoints").iterdir()] == ["step_00000002"]
@@ -110,7 +96,7 @@ def test_weights_of_an_exploded_update_are_not_saved(bad: float, before: bool, a
     says = (
         "the newest checkpoint, run/checkpoints/step_00000002, has finite" if before else "there is no checkpoint yet"
     )
-    with pytest.raises(NonFiniteError, match=f"weights are not finite after step 4, .*lower optim.lr.*; {says}"):
+    with pytest.raises(DivergedError, match=f"weights are not finite after step 4, .*lower optim.lr.*; {says}"):
         train(run)
     assert [p.name for p in Path("run/checkpoints").iterdir()] == ["step_00000002"] * before
     assert all(math.isfinite(row["loss"]) for row in read_metrics(Path("run")))
@@ -251,7 +237,55 @@ def test_a_pattern_that_matches_nothing(arch: Path, shards: list[str]) -> None:
 
 
 def test_nothing_is_watched_on_request(arch: Path, shards: list[str]) -> None:
-    run = run_of(arch, shards, "watch.rms=[]")
-    assert run.rms is None
+    run = run_of(arch, shards, "watch.rms=[]", "watch.features=false", "watch.every=1")
     train(run)
-    assert all("rms" not in row for row in read_metrics(Path("run")))
+    for row in read_metrics(Path("run")):
+        assert not {"rms", "features", "parameter_norm", "update_norm"} & set(row)
+
+
+def test_instruments_of_a_step(arch: Path, shards: list[str]) -> None:
+    """Norms and magnitudes against what hooks on the model and copies of the weights say."""
+    name = "visual.conv1.weight"
+    run = run_of(arch, shards, "watch.every=2", f"watch.rms=[{name}]", "max_logit_scale=20.0")
+    blocks = ("visual.transformer.resblocks.0", "visual.transformer.resblocks.1", "transformer.resblocks.0")
+    weights, outputs = [], {}
+    run.state.optimizer.register_step_pre_hook(
+        lambda *_: weights.append(run.state.model.get_parameter(name).detach().clone())
+    )
+    for block in blocks:
+        run.state.model.get_submodule(block).register_forward_hook(
+            lambda module, inputs, y, block=block: outputs.setdefault(block, []).append(y.detach())
+        )
+    train(run)
+    weights.append(run.state.model.get_parameter(name).detach())
+    rows = read_metrics(Path("run"))
+    assert ["features" in row for row in rows] == [False, True] * 3
+    for step in (2, 4, 6):
+        row = rows[step - 1]
+        before, after = weights[step - 1], weights[step]
+        assert row["parameter_norm"] == {name: pytest.approx(after.norm().item(), rel=1e-5)}
+        assert row["update_norm"] == {name: pytest.approx((after - before).norm().item(), rel=1e-4)}
+        assert set(row["features"]) == set(blocks)
+        for block in blocks:  # the first of the 8 pairs
+            assert row["features"][block] == pytest.approx(outputs[block][step - 1][:1].abs().mean().item(), rel=1e-5)
+    assert scalars(rows[1])[f"update_norm/{name}"] == rows[1]["update_norm"][name]
+    assert all(0 < abs(row["max_logit"]) <= 20.001 for row in rows)
+
+
+def test_watching_changes_nothing(arch: Path, shards: list[str]) -> None:
+    """Not one random number more is drawn, not one weight differs."""
+    overrides = ("steps=4", "model.patch_dropout=0.5", "backend=switchback", "backend.precision=fp32")
+    run = run_of(arch, shards, *overrides, "watch.every=1", "watch.quantization=2")
+    train(run)
+    (Path("run")).rename("watched")
+    other = run_of(arch, shards, *overrides, "watch.rms=[]", "watch.features=false", "watch.quantization=0")
+    train(other)
+    for (name, a), (_, b) in zip(run.state.model.named_parameters(), other.state.model.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    rows = read_metrics(Path("watched"), "quantization")
+    assert [row["step"] for row in rows] == [2, 4]
+    layers = [n for n, m in run.state.model.named_modules() if isinstance(m, LowpLinear)]
+    assert len(layers) == 12
+    for row in rows:
+        assert set(row["errors"]) == set(layers)
+        assert all(1e-4 < error < 0.1 for error in row["errors"].values())

@@ -42,7 +42,7 @@ def test_default_choice(arch: Path) -> None:
 def test_the_definition(make) -> None:
     params = {n: nn.Parameter(torch.randn(s)) for n, s in (("a", (4, 3)), ("b", ()), ("c", (5,)))}
     optimizer = make(params.values(), **SETTINGS)
-    watch = RmsWatch(params, optimizer, 1)
+    watch = RmsWatch(params, optimizer)
     moments = {n: torch.zeros(p.shape, dtype=torch.float64) for n, p in params.items()}
     largest = 0.0
     for t in range(1, 31):
@@ -63,7 +63,7 @@ def test_the_definition(make) -> None:
 def test_parameters_without_a_gradient(make) -> None:
     params = {n: nn.Parameter(torch.ones(3)) for n in "ab"}
     optimizer = make(params.values(), **SETTINGS)
-    watch = RmsWatch(params, optimizer, 1)
+    watch = RmsWatch(params, optimizer)
     optimizer.step()
     assert watch().isnan().all()
     params["b"].grad = torch.ones(3)

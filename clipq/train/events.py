@@ -1,0 +1,136 @@
+"""Reads what steps left on the device: metrics, spikes, and what the guard does about bad steps."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from clipq.config.choices import GuardPolicy
+from clipq.dist.gather import gather_objects
+from clipq.log.meters import Meter
+from clipq.log.writers import Row
+from clipq.train.checkpoint import load
+from clipq.train.run import COLUMNS, Pending, Run, diverged, write
+from clipq.watch.quantization import PAIRS, quantization_errors
+from clipq.watch.spikes import row_of
+
+log = logging.getLogger(__name__)
+
+
+def flush(run: Run, meter: Meter, *, show: bool) -> bool:
+    """Fetches the numbers of the pending steps in one transfer, writes and shows them, and looks at them.
+
+    Returns:
+        Whether the run is to go back to its newest checkpoint.
+
+    Raises:
+        DivergedError: a step was bad, and by its policy the guard ends the run.
+    """
+    pending = run.pending.copy()
+    run.pending.clear()
+    numbers = torch.stack([p.numbers for p in pending])
+    if run.env.is_distributed:
+        for columns, how in (([2], dist.ReduceOp.MAX), ([3, 4], dist.ReduceOp.MIN)):  # loss and norm are the whole's
+            part = numbers[:, columns]
+            dist.all_reduce(part, how)
+            numbers[:, columns] = part
+    watched = [p for p in pending if p.watched is not None]
+    if watched:
+        for p, values in zip(watched, torch.stack([p.watched for p in watched]).tolist(), strict=True):  # pyright: ignore
+            p.row |= run.watch.row(values)
+    events: list[Row] = []
+    bad: list[Row] = []
+    for p, values in zip(pending, numbers.tolist(), strict=True):
+        named: dict[str, float] = dict(zip(COLUMNS, values, strict=True))
+        p.row |= {name: named[name] for name in ("loss", "logit_scale", "max_logit", "grad_norm")}
+        events += [row_of(e) for e in run.state.spikes.update(p.row["step"], named["loss"], p.row.get("rms", {}))]
+        if named["bad"]:
+            bad.append(bad_step(run, p, named))
+    if show:
+        pending[-1].row |= meter.interval()
+    write(run, [p.row for p in pending] + events + bad)
+    if show:
+        last = pending[-1].row
+        seconds = run.batch_size / max(last["images_per_second"], 1e-9)
+        run.console.progress(last, steps=run.steps, seconds_per_step=seconds)
+    for event in events + bad:
+        log.warning("step %d: %s", event["step"], describe(event))
+    again = bool(bad) and step_in(run, bad)
+    run.guard.learn(run.state.spikes.mean)
+    return again
+
+
+def describe(event: Row) -> str:
+    """An event in words."""
+    if event["event"] == "loss spike":
+        leads = ", ".join(f"{name} {lead} steps before" for name, lead in event["leads"].items())
+        before = f"; RMS_t was high in {leads}" if leads else ""
+        return f"loss spike: {event['loss']:.3f}, running mean {event['mean']:.3f}{before}"
+    if event["event"] == "rms event":
+        return f"RMS_t of {event['parameter']} is {event['rms']:.1f}: its second moment is out of date"
+    first = f", first in {event['tensor']}" if event["tensor"] else ""
+    return f"{event['reason']}{first}: no update was made; its samples are in {event['keys']}"
+
+
+def bad_step(run: Run, pending: Pending, numbers: dict[str, float]) -> Row:
+    """The event of a step that the guard refused; the keys of its batch go into a file. Collective."""
+    step = pending.row["step"]
+    reason, first = run.guard.reason(numbers["loss"], pending.norms)
+    forward = {name: value for name, value in pending.row.get("features", {}).items() if not math.isfinite(value)}
+    forward |= {f"{tower}_features": 0 for tower in ("image", "text") if not numbers[f"{tower}_finite"]}
+    path = run.folder / "bad_batches" / f"step_{step:08d}.txt"
+    keys = gather_objects(pending.keys)
+    if run.env.is_main:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(f"{key}\n" for part in keys for key in part), encoding="utf-8")
+    return {
+        "kind": "event",
+        "step": step,
+        "event": "bad step",
+        "reason": reason,
+        "tensor": next(iter(forward), first),
+        "keys": str(path.relative_to(run.folder)),
+    }
+
+
+def step_in(run: Run, bad: list[Row]) -> bool:
+    """What the guard's policy does about bad steps, given their events: whether the run goes back.
+
+    Raises:
+        DivergedError: it is to stop, its limit is reached, or there is nothing to go back to.
+    """
+    guard, event = run.guard, bad[0]
+    guard.stepped_in += 1 if guard.policy is GuardPolicy.rewind else len(bad)
+    what = f"{event['reason']} at step {event['step']} (its samples: {run.folder / event['keys']})"
+    if guard.policy is GuardPolicy.stop:
+        raise diverged(run, what)
+    if guard.stepped_in >= guard.limit:
+        raise diverged(run, f"{what}, and that is as often as guard.limit={guard.limit} allows")
+    if guard.policy is GuardPolicy.rewind and run.checkpoints.newest() is None:
+        raise diverged(run, f"{what}, with guard.policy=rewind")
+    return guard.policy is GuardPolicy.rewind
+
+
+def rewind(run: Run) -> None:
+    """Takes the newest checkpoint, with the place in the data as it is now. Collective."""
+    state, path = run.state, run.checkpoints.newest()
+    assert path is not None
+    step, batches = state.step, state.batches
+    load(path, state, run.env)
+    state.batches = batches
+    write(run, [{"kind": "event", "step": step, "event": "rewind", "to": state.step}])
+    log.warning("went back from step %d to %s; the batches since are left out", step, path)
+
+
+def measure_quantization(run: Run, batch: dict[str, Any]) -> None:
+    """Writes the error of every layer in low precision."""
+    device = run.env.device
+    image, text = (batch[name][:PAIRS].to(device) for name in ("image", "text"))
+    with torch.autocast(device.type, dtype=run.autocast or torch.bfloat16, enabled=run.autocast is not None):
+        errors = quantization_errors(run.state.model, run.normalize(image), text)
+    if errors:
+        write(run, [{"kind": "quantization", "step": run.state.step, "errors": errors}])

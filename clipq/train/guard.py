@@ -1,0 +1,92 @@
+"""Keeps a run alive: steps that would spoil the weights are seen on the device, and their updates are never made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from clipq.config.choices import GuardPolicy
+from clipq.optim.loss_scale import FixedLossScaler
+from clipq.optim.shards import local
+
+Scaler = torch.amp.GradScaler | FixedLossScaler
+
+
+def gradient_norms(params: Sequence[nn.Parameter]) -> Tensor:
+    """2-norm of each parameter's gradient, [params] float32; 0 where there is none."""
+    have = [(i, local(p.grad)) for i, p in enumerate(params) if p.grad is not None]
+    norms = torch._foreach_norm([grad for _, grad in have])  # pyright: ignore[reportPrivateImportUsage]
+    if len(have) == len(params):
+        return torch.stack(norms).float()
+    zero = torch.zeros((), device=local(params[0]).device)
+    found = dict(zip((i for i, _ in have), norms, strict=True))
+    return torch.stack([found.get(i, zero).float() for i in range(len(params))])
+
+
+class Guard:
+    """Judges each step before its update.
+
+    Nothing waits for the device: the optimizer's kernels are told not to write, and the loop learns of it when it reads
+    the losses.
+
+    Args:
+        names: of the parameters, in the order of their gradients' norms.
+        policy: what the loop does about a bad step.
+        rise: how far above its running mean a loss may lie, or None.
+        limit: bad steps, or rewinds, that end the run.
+        scaling: a loss scaler decides about the gradients.
+    """
+
+    def __init__(
+        self, names: Sequence[str], *, policy: GuardPolicy, rise: float | None, limit: int, scaling: bool
+    ) -> None:
+        self.names, self.policy, self.limit = list(names), policy, limit
+        self._rise, self._scaling = rise, scaling
+        self.bound = math.inf
+        self.stepped_in = 0
+        """Bad steps skipped, or rewinds, so far."""
+
+    def judge(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """Whether a step is bad, a bool [] on the device.
+
+        Args:
+            loss: [], the mean over all ranks, so that all of them decide alike.
+            norm: [], 2-norm of all gradients.
+        """
+        bad = ~loss.isfinite() | (loss > self.bound)
+        return bad if self._scaling else bad | ~norm.isfinite()
+
+    def update(self, optimizer: Optimizer, scaler: Scaler, bad: Tensor) -> None:
+        """The optimizer's step, which changes nothing where the step is bad. A loss scaler decides by itself."""
+        if self._scaling:
+            scaler.step(optimizer)
+        elif getattr(optimizer, "_step_supports_amp_scaling", False):
+            # what torch.amp.GradScaler tells an optimizer whose kernels can leave a step out
+            optimizer.grad_scale, optimizer.found_inf = None, bad.float()  # pyright: ignore[reportAttributeAccessIssue]
+            optimizer.step()
+            del optimizer.grad_scale, optimizer.found_inf  # pyright: ignore[reportAttributeAccessIssue]
+        elif not bad.item():
+            optimizer.step()
+
+    def learn(self, mean: float | None) -> None:
+        """Takes the running mean of the loss that the next losses are held against; None where there is none yet."""
+        self.bound = math.inf if self._rise is None or mean is None else mean + self._rise
+
+    def reason(self, loss: float, norms: Tensor) -> tuple[str, str | None]:
+        """What was bad about a step, and the first parameter whose gradient went bad, where the loss was not.
+
+        Gradients flow from the end of the model to its start, and so does a NaN: the first is the last by position.
+
+        Args:
+            norms: [params] of this step, as of `gradient_norms`.
+        """
+        bad = [name for name, finite in zip(self.names, norms.isfinite().tolist(), strict=True) if not finite]
+        if not math.isfinite(loss):
+            return f"the loss is {loss}", None
+        if loss > self.bound:
+            return f"the loss is {loss:.3f}, above the bound of {self.bound:.3f}", bad[-1] if bad else None
+        return f"gradients of {len(bad)} of {len(self.names)} parameters are not finite", bad[-1] if bad else None

@@ -1,0 +1,114 @@
+"""What a training run consists of, and how it ends badly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipq.dist.env import DistEnv
+from clipq.eval.common import Encoder, Evaluator
+from clipq.log.console import Console
+from clipq.log.writers import Row, Writer
+from clipq.train.checkpoint import Checkpoints
+from clipq.train.graph import Graphed
+from clipq.train.guard import Guard
+from clipq.train.schedule import Schedule
+from clipq.train.state import TrainState
+from clipq.watch.instruments import Watch
+
+
+class Normalize:
+    """uint8 images [B, 3, H, W] on `device` -> fp32, mean removed and divided by the standard deviation."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
+        self._shift = 255 * torch.tensor(mean, device=device).view(1, -1, 1, 1)
+        self._scale = 255 * torch.tensor(std, device=device).view(1, -1, 1, 1)
+
+    def __call__(self, image_BCHW: Tensor) -> Tensor:
+        return (image_BCHW.float() - self._shift) / self._scale
+
+
+COLUMNS = ("loss", "logit_scale", "max_logit", "image_finite", "text_finite", "grad_norm", "bad")
+"""Numbers of a step that stay on the device until they are read; `*_finite`: whether the features of a tower are."""
+
+
+@dataclass
+class Pending:
+    """A step whose numbers are still on the device."""
+
+    row: Row
+    numbers: Tensor
+    """What `COLUMNS` names, float32."""
+    norms: Tensor
+    """2-norm of each parameter's gradient."""
+    watched: Tensor | None
+    """What the instruments show, where the step is watched."""
+    keys: list[str]
+    """Samples of this rank's batch."""
+
+
+@dataclass
+class Run:
+    """All that the loop needs, put together by `clipq.build`."""
+
+    env: DistEnv
+    state: TrainState
+    model: nn.Module
+    """What is called: the state's model, or DDP around it."""
+    normalize: Normalize
+    schedule: Schedule
+    loader: Callable[[int], Generator[dict[str, Any]]]
+    """Number of batches delivered before -> endless batches of this rank: {"image": [B, 3, H, W] uint8, "text": [B, L],
+    "key": [B] names of samples}."""
+    loader_info: dict[str, int]
+    encoder: Encoder
+    evaluators: Sequence[Evaluator]
+    checkpoints: Checkpoints
+    console: Console
+    writers: Sequence[Writer]
+    folder: Path
+    steps: int
+    batch_size: int
+    """Pairs in a step over all ranks."""
+    autocast: torch.dtype | None
+    flops_per_image: float
+    """Of one pair, forward and backward."""
+    guard: Guard
+    watch: Watch
+    graph: Graphed | None = None
+    """`forward_backward` of this run as a CUDA graph; None calls it as it is."""
+    clip_norm: float | None = None
+    max_logit_scale: float = 100.0
+    log_every: int = 10
+    eval_every: int = 0
+    profile: tuple[int, int] | None = None
+    quantization_every: int = 0
+    pending: list[Pending] = field(default_factory=list)
+
+    def facts(self) -> dict[str, Any]:
+        """What environment.json says of the run besides the machine."""
+        return {
+            "parameters": sum(p.numel() for p in self.state.model.parameters()),
+            "gflops_per_image": round(self.flops_per_image / 1e9, 3),
+        }
+
+
+class DivergedError(RuntimeError):
+    """The loss, its gradients or the weights went bad beyond what the guard may mend; nothing was saved since."""
+
+
+def diverged(run: Run, what: str) -> DivergedError:
+    path = run.checkpoints.newest()
+    kept = f"the newest checkpoint, {path}, has finite weights" if path else "there is no checkpoint yet"
+    mend = "lower optim.lr, lengthen schedule.warmup, set optim.clip_norm, or choose another guard.policy"
+    return DivergedError(f"{what}: {mend}; {kept}")
+
+
+def write(run: Run, rows: Sequence[Row]) -> None:
+    for writer in run.writers:
+        writer.write(rows)

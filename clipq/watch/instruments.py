@@ -1,0 +1,112 @@
+"""What a watched step shows besides its loss: RMS_t, magnitudes of features, norms of weights and of their updates.
+
+Everything is computed on the device and read with the loss, some steps later: nothing waits.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipq.model.surgery import blocks
+from clipq.optim.shards import local
+from clipq.watch.rms import RmsWatch
+
+SHARE = 8
+"""One of so many samples of a batch counts for the magnitudes of features."""
+
+
+class FeatureWatch:
+    """Mean |x| of the output of every residual block, over the first eighth of the batch, in the training forward.
+
+    Its growth over the blocks is what layer scale from zero and 8-bit training are about: section 2.3 of Wortsman et
+    al., https://arxiv.org/abs/2304.13013.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        found = dict(blocks(model))
+        self.names = list(found)
+        self.active = False
+        self._means = torch.full((len(found),), math.nan, device=device)
+        for place, block in enumerate(found.values()):
+            block.register_forward_hook(self._hook(place))
+
+    def _hook(self, place: int) -> Any:
+        @torch.no_grad()
+        def hook(block: nn.Module, inputs: Any, output: Tensor) -> None:
+            if self.active and block.training:
+                some = output.detach()[: max(1, output.shape[0] // SHARE)]
+                self._means[place] = torch.linalg.vector_norm(some, 1, dtype=torch.float32) / some.numel()
+
+        return hook
+
+    def values(self) -> Tensor:
+        """[blocks] float32 of the last forward that was watched; a copy."""
+        return self._means.clone()
+
+
+class Watch:
+    """Reads the instruments at every `every`-th step.
+
+    Args:
+        rms: RMS_t of chosen parameters, or None.
+        parameters: name -> parameter whose norm and update norm are read; empty for none. A watched step holds a copy
+            of them for the time of the update.
+        features: magnitudes of features, or None.
+        always: let the features be computed at every step: in a recorded step there is no choosing.
+    """
+
+    def __init__(
+        self,
+        *,
+        rms: RmsWatch | None,
+        parameters: dict[str, nn.Parameter],
+        features: FeatureWatch | None,
+        every: int,
+        always: bool,
+    ) -> None:
+        self._rms, self._features = rms, features
+        self._names, self._params = list(parameters), list(parameters.values())
+        self._every, self._always = every, always
+        self._before: list[Tensor] = []
+
+    def due(self, step: int) -> bool:
+        return step % self._every == 0
+
+    def before_forward(self, step: int) -> None:
+        if self._features is not None:
+            self._features.active = self._always or self.due(step)
+
+    @torch.no_grad()
+    def before_update(self) -> None:
+        self._before = [local(p).clone() for p in self._params]
+
+    @torch.no_grad()
+    def after_update(self) -> Tensor:
+        """All values of the step, float32, in the order that `rows` expects; the gradients must still be there."""
+        parts = []
+        if self._rms is not None:
+            parts.append(self._rms())
+        if self._features is not None:
+            parts.append(self._features.values())
+        if self._params:
+            now = [local(p) for p in self._params]
+            parts.append(torch.stack(torch._foreach_norm(now)).float())  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_sub_(self._before, now)  # pyright: ignore[reportPrivateImportUsage]
+            parts.append(torch.stack(torch._foreach_norm(self._before)).float())  # pyright: ignore[reportPrivateImportUsage]
+            self._before = []
+        return torch.cat(parts) if parts else torch.empty(0)
+
+    def row(self, values: list[float]) -> dict[str, dict[str, float]]:
+        """Values of `after_update` by instrument and name: what a row of metrics holds."""
+        kinds = {
+            "rms": [] if self._rms is None else self._rms.names,
+            "features": [] if self._features is None else self._features.names,
+            "parameter_norm": self._names,
+            "update_norm": self._names,
+        }
+        rest = iter(values)
+        return {kind: {name: next(rest) for name in names} for kind, names in kinds.items() if names}
