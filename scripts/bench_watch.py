@@ -66,12 +66,13 @@ def main() -> None:
     parser.add_argument("--model", default="vit_b_16")
     parser.add_argument("--backend", default="bf16")
     parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--graph", nargs="+", default=["auto", "off"], choices=["auto", "off"])
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--out", required=True)
     options = parser.parse_args()
     results: dict[str, Any] = {"model": options.model, "backend": options.backend, "batch": options.batch}
     with distributed("cuda") as env:
-        for graph in ("auto", "off"):
+        for graph in options.graph:
             runs = {"watched": run_of(options, env, f"backend.cuda_graph={graph}")}
             runs["unwatched"] = run_of(options, env, f"backend.cuda_graph={graph}", *OFF)
             calls = {name: steps_of(run, batch_of(run)) for name, run in runs.items()}

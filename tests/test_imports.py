@@ -12,10 +12,11 @@ LAYERS = [
         "cli",
         "build",
         "build_backend",
+        "build_watch",
         "train",
-        "watch",
         "eval",
         "report",
+        "watch",
         "model",
         "lowp",
         "optim",
@@ -60,7 +61,7 @@ def test_imports_point_downward() -> None:
 
 def test_configuration_imports_nothing_of_clipq() -> None:
     """A mistake in the configuration is told before torch is imported."""
-    for name in ("choices", "groups", "schema"):
+    for name in ("choices", "groups", "watch", "schema"):
         assert all(m.startswith("clipq.config.") for m in imports(PACKAGE / "config" / f"{name}.py"))
 
 

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+PLAIN = (Tensor, nn.Parameter)
 
 
 def _sharded(t: Tensor) -> Any:
     """The tensor as a DTensor, or None."""
-    if not dist.is_available():
+    if type(t) in PLAIN or not dist.is_available():  # asked several times for each parameter of a step
         return None
     from torch.distributed.tensor import DTensor
 

@@ -60,7 +60,7 @@ def test_fused_is_the_default_and_never_waits() -> None:
     with torch.profiler.profile() as profiler:
         optimizer.step()
         torch.cuda.synchronize()
-    on_gpu = [e for e in profiler.events() if e.device_type is torch.autograd.DeviceType.CUDA]
+    on_gpu = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     kernels = [e.name for e in on_gpu if "Mem" not in e.name]
     assert sorted(kernels) == ["_ratio_sums", "_update"]
 
