@@ -11,6 +11,7 @@ from pathlib import Path
 
 from clipq.report.plots import Plot, color
 from clipq.report.runs import Example, ExampleSet, Run
+from clipq.report.stability import Part
 from clipq.report.summary import (
     Quantity,
     chance_of,
@@ -29,6 +30,8 @@ _IMAGE = re.compile(r"data:image/(?:png|jpeg|webp|gif);base64,[A-Za-z0-9+/=]+")
 _CSS = Path(__file__).with_name("page.css")
 # The browser itself then refuses whatever is not in the page, scripts included.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+MOST_EVENTS = 50
+"""Events that the page lists of a run."""
 _TILES = (
     "final_loss",
     "images_per_second",
@@ -41,7 +44,7 @@ _TILES = (
 )
 
 
-def page(runs: Sequence[Run], plots: Sequence[Plot]) -> str:
+def page(runs: Sequence[Run], plots: Sequence[Plot], stability: Sequence[Part] = ()) -> str:
     """The whole document. Every text of the runs is escaped; equal runs and plots give equal pages."""
     title = ", ".join(run.name for run in runs)
     css = _CSS.read_text(encoding="utf-8")
@@ -51,7 +54,7 @@ def page(runs: Sequence[Run], plots: Sequence[Plot]) -> str:
         body += [_tiles(runs[0], lines), _results(lines)]
     else:
         body += [_comparison(runs, lines), _differences(runs)]
-    body += [_plots(plots), _examples(runs), _history(runs), _settings(runs), _environment(runs)]
+    body += [_plots(plots), _stability(stability), _examples(runs), _history(runs), _settings(runs), _environment(runs)]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{escape(_POLICY)}">\n'
@@ -188,16 +191,41 @@ def _setting_row(name: str, values: Sequence[str | None], *, differs: bool) -> s
     return f'<tr{mark}><th scope="row"><code>{escape(name)}</code></th>{cells}</tr>'
 
 
+def _figure(plot: Plot, *, alt: str) -> str:
+    data = base64.b64encode(plot.png).decode("ascii")
+    return (
+        f'<div class="plot"><h3>{escape(plot.title)}</h3><p class="soft">{escape(plot.caption)}</p>'
+        f'<div class="scroll"><img alt="{escape(alt)}" src="data:image/png;base64,{data}"></div></div>'
+    )
+
+
 def _plots(plots: Sequence[Plot]) -> str:
     figures = []
     for plot in plots:
-        data = base64.b64encode(plot.png).decode("ascii")
-        alt = f"{plot.title}, by step and by wall time. {plot.caption}"
-        figures.append(
-            f'<div class="plot"><h3>{escape(plot.title)}</h3><p class="soft">{escape(plot.caption)}</p>'
-            f'<div class="scroll"><img alt="{escape(alt)}" src="data:image/png;base64,{data}"></div></div>'
-        )
+        figures.append(_figure(plot, alt=f"{plot.title}, by step and by wall time. {plot.caption}"))
     return "<section>\n<h2>Curves</h2>\n" + "\n".join(figures) + "\n</section>"
+
+
+def _stability(parts: Sequence[Part]) -> str:
+    sections = []
+    for part in parts:
+        head = f"<h3>{escape(part.run.name)}</h3>" if len(parts) > 1 else ""
+        sections.append(f"{head}<p>{escape(part.text)}</p>")
+        if part.plot is not None:
+            sections.append(
+                _figure(part.plot, alt=f"{part.plot.title} of {part.run.name} by step. {part.plot.caption}")
+            )
+        if part.lines:
+            rows = "\n".join(
+                f'<tr><th scope="row">{step:,}</th><td>{escape(kind)}</td><td>{escape(text)}</td></tr>'
+                for step, kind, text in part.lines[:MOST_EVENTS]
+            )
+            more = f'<p class="soft">and {len(part.lines) - MOST_EVENTS:,} more</p>' * (len(part.lines) > MOST_EVENTS)
+            sections.append(
+                f"<details><summary>Events ({len(part.lines):,})</summary>\n"
+                f'<div class="scroll"><table class="left"><tbody>\n{rows}\n</tbody></table></div>{more}\n</details>'
+            )
+    return "<section>\n<h2>Stability</h2>\n" + "\n".join(sections) + "\n</section>" if sections else ""
 
 
 def _examples(runs: Sequence[Run]) -> str:

@@ -81,7 +81,7 @@ def draw(runs: Sequence[Run]) -> list[Plot]:
     Each has a column by step and one by wall time, and every run on the same axes. The bytes depend on the
     runs and the version of matplotlib only, not on the user's matplotlib settings.
     """
-    with _style():
+    with style():
         plots = [_loss(runs)]
         tasks = sorted({task for run in runs for task in run.evaluations})
         used: set[str] = set()
@@ -109,7 +109,7 @@ def smooth(values: np.ndarray, reach: int) -> np.ndarray:
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def style() -> Iterator[None]:
     import matplotlib.style
 
     ours: dict[str, Any] = {
@@ -151,7 +151,7 @@ def _loss(runs: Sequence[Run]) -> Plot:
         grid[0][0].xaxis.set_major_formatter(_thousands)
     _legend(figure, runs, noisy=True)
     caption = "Mean over neighbouring steps; each step's own loss is drawn pale behind it."
-    return Plot("loss", "Loss", caption, _png(figure))
+    return Plot("loss", "Loss", caption, png(figure))
 
 
 def _accuracy(runs: Sequence[Run], task: str, name: str) -> Plot:
@@ -175,7 +175,7 @@ def _accuracy(runs: Sequence[Run], task: str, name: str) -> Plot:
     _legend(figure, runs, only=[i for i, *_ in present], metrics=metrics, chance=chance)
     caption = ", ".join(metric_label(metric) for metric in metrics)
     caption = caption[:1].upper() + caption[1:] + (". Dotted: chance." if chance else ".")
-    return Plot(name, f"Accuracy: {task}", caption, _png(figure))
+    return Plot(name, f"Accuracy: {task}", caption, png(figure))
 
 
 def _throughput(runs: Sequence[Run]) -> Plot | None:
@@ -233,7 +233,7 @@ def _rows(runs: Sequence[Run], name: str, title: str, caption: str, rows: Sequen
     for axes in (axes for panels in grid[:-1] for axes in panels):
         axes.set_xlabel("")
     _legend(figure, runs, noisy=any(row.noisy for row in rows))
-    return Plot(name, title, caption, _png(figure))
+    return Plot(name, title, caption, png(figure))
 
 
 def _figure(runs: Sequence[Run], *, rows: int) -> tuple[Figure, list[list[Axes]], _Clock]:
@@ -258,9 +258,9 @@ def _curve(axes: Axes, x: np.ndarray, y: np.ndarray, index: int, *, noisy: bool)
     """One run's line: the values [n], or where they are many and noisy their mean over neighbours."""
     middle = smooth(y, _reach(y)) if noisy else y
     if noisy and len(y) >= NOISY_POINTS:
-        axes.plot(*_thin(x, y), color=color(index), alpha=0.22, linewidth=0.8, zorder=1.5)
+        axes.plot(*thin(x, y), color=color(index), alpha=0.22, linewidth=0.8, zorder=1.5)
     lone = {"marker": "o", "markersize": 4} if np.isfinite(middle).sum() == 1 else {}  # no line to be seen by
-    axes.plot(*_thin(x, middle), **_line(index), **lone)
+    axes.plot(*thin(x, middle), **_line(index), **lone)
 
 
 def _thousands(value: float, _: object = None) -> str:
@@ -294,7 +294,7 @@ def _reach(values: np.ndarray) -> int:
     return len(values) // 60 if len(values) >= 60 else int(len(values) >= NOISY_POINTS)
 
 
-def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """About `MAX_POINTS` points of a longer curve: the extremes of each stretch, so that spikes stay."""
     if len(y) <= MAX_POINTS:
         return x, y
@@ -343,7 +343,7 @@ def _legend(
     from matplotlib.lines import Line2D
 
     shown = range(len(runs)) if only is None else only
-    entries = [(Line2D([], [], **_line(index)), _short(runs[index].name)) for index in shown]
+    entries = [(Line2D([], [], **_line(index)), short(runs[index].name)) for index in shown]
     for place, metric in enumerate(metrics):
         entries.append((Line2D([], [], color=GREY, **_marker(place)), metric_label(metric)))
     if noisy and max(len(run.train["step"]) for run in runs) >= NOISY_POINTS:
@@ -363,7 +363,7 @@ def _legend(
         text.set_text(label)
 
 
-def _short(name: str, length: int = 48) -> str:
+def short(name: str, length: int = 48) -> str:
     name = " ".join(name.split())
     return name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-length // 2 :]}"
 
@@ -378,7 +378,7 @@ def _file_name(task: str, used: set[str]) -> str:
     return name
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     stream = io.BytesIO()
     figure.savefig(stream, format="png", metadata={"Software": None})
     return stream.getvalue()

@@ -47,6 +47,16 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Event:
+    """Something that happened to a step, as the run told it."""
+
+    step: int
+    name: str
+    """`bad step`, `rewind`, `gradient overflow`."""
+    text: str
+
+
+@dataclass(frozen=True)
 class Example:
     """One evaluated image."""
 
@@ -78,6 +88,10 @@ class Run:
     """One float64 array [rows] for each of `COLUMNS`, in the order of steps; NaN where a row lacks it."""
     evaluations: dict[str, tuple[Evaluation, ...]]
     """For each task, in the order of steps."""
+    rms: dict[str, np.ndarray]
+    """RMS_t of each watched parameter, float64 [rows] beside `train`; NaN where a step was not watched."""
+    events: tuple[Event, ...]
+    """In the order of the file, those of steps that a rewind gave up included."""
     resumes: tuple[tuple[int, float], ...]
     """(step, seconds) of each resume that the present curve went through."""
     config: dict[str, Any] = field(default_factory=dict)
@@ -120,7 +134,8 @@ def read_run(path: Path, *, name: str | None = None) -> Run:
             f"{path} has no training rows yet: its {METRICS} holds no readable line of kind 'train'. "
             "Each training step writes one; try again once the run has begun"
         )
-    train, notes = log.table(), log.notes()
+    rows, notes = log.rows(), log.notes()
+    train = log.table(rows)
     config, config_notes = _read_config(path / "config.yaml")
     environment, environment_notes = _read_object(path / "environment.json")
     examples, example_notes = _read_examples(path / "examples")
@@ -129,6 +144,8 @@ def read_run(path: Path, *, name: str | None = None) -> Run:
         name=name or path.resolve().name,
         train=train,
         evaluations=log.evaluation_table(),
+        rms=log.rms_table(rows),
+        events=tuple(log.events),
         resumes=tuple(log.resumes),
         config=config,
         environment=environment,
@@ -167,7 +184,9 @@ class _Log:
 
     def __init__(self) -> None:
         self.columns: dict[str, list[float]] = {column: [] for column in COLUMNS}
-        self.cuts: list[tuple[int, int]] = []  # (rows before the resume, step of the resume)
+        self.rms: list[dict[str, Any]] = []  # of each row
+        self.events: list[Event] = []
+        self.cuts: list[tuple[int, int]] = []  # (rows before a resume or rewind, step that it went on from)
         self.resumes: list[tuple[int, float]] = []
         self.evaluations: dict[tuple[str, int], Evaluation] = {}
         self.broken: list[int] = []
@@ -184,6 +203,10 @@ class _Log:
         if kind == "train":
             for column, values in self.columns.items():
                 values.append(_number(row.get(column)))
+            rms = row.get("rms")
+            self.rms.append(rms if isinstance(rms, dict) else {})
+        elif kind == "event":
+            self._event(step, row)
         elif kind == "resume":
             self._resume(step, _number(row.get("seconds")))
         elif kind == "eval":
@@ -195,23 +218,46 @@ class _Log:
         return True  # a kind that this version does not know is no fault of the file
 
     def _resume(self, step: int, seconds: float) -> None:
+        self._go_back(step)
+        self.resumes.append((step, seconds))
+
+    def _go_back(self, step: int) -> None:
+        """What was written beyond this step belongs to a curve that the run did not continue."""
         self.cuts.append((self.count, step))
-        self.resumes = [(s, t) for s, t in self.resumes if s <= step] + [(step, seconds)]
+        self.resumes = [(s, t) for s, t in self.resumes if s <= step]
         self.evaluations = {key: e for key, e in self.evaluations.items() if e.step <= step}
 
-    def table(self) -> dict[str, np.ndarray]:
-        arrays = {column: np.asarray(values, np.float64) for column, values in self.columns.items()}
-        step = arrays["step"]
+    def _event(self, step: int, row: dict[str, Any]) -> None:
+        name, to, parameters = row.get("event"), row.get("to"), row.get("parameters")
+        if name == "rewind" and isinstance(to, int) and to <= step:
+            self._go_back(to)
+            self.events.append(Event(step, name, f"went back to step {to:,}"))
+        elif name == "bad step":
+            where = f", first in {row['tensor']}" if row.get("tensor") else ""
+            self.events.append(Event(step, name, f"{row.get('reason')}{where}; samples in {row.get('keys')}"))
+        elif name == "gradient overflow" and isinstance(parameters, list):
+            self.events.append(Event(step, name, ", ".join(map(str, parameters[:5])) + ", …" * (len(parameters) > 5)))
+
+    def rows(self) -> np.ndarray:
+        """Indices of the rows of the curve that the run continued, in the order of steps."""
+        step = np.asarray(self.columns["step"], np.float64)
         alive = np.ones(len(step), bool)
         for rows, at in self.cuts:
             alive[:rows] &= step[:rows] <= at
         if not alive.any():  # resumed before the first step was written again: the old rows say more than none
             alive[:] = True
-        arrays = {column: values[alive] for column, values in arrays.items()}
+        (kept,) = alive.nonzero()
         # np.unique reports the first occurrence: of the reversed steps that is the row written last.
-        _, first = np.unique(arrays["step"][::-1], return_index=True)
-        last = len(arrays["step"]) - 1 - first
-        return {column: values[last] for column, values in arrays.items()}
+        _, first = np.unique(step[kept][::-1], return_index=True)
+        return kept[len(kept) - 1 - first]
+
+    def table(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        return {column: np.asarray(values, np.float64)[rows] for column, values in self.columns.items()}
+
+    def rms_table(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        kept = [self.rms[i] for i in rows]
+        names = dict.fromkeys(str(name) for rms in kept for name in rms)
+        return {name: np.asarray([_number(rms.get(name)) for rms in kept], np.float64) for name in names}
 
     def evaluation_table(self) -> dict[str, tuple[Evaluation, ...]]:
         tasks: dict[str, list[Evaluation]] = {}

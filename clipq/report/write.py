@@ -28,14 +28,15 @@ def write_files(runs: Sequence[Run], out: Path) -> Path:
     """`write_report` for runs that have been read already. Returns the absolute path of the page."""
     from clipq.report.page import page
     from clipq.report.plots import draw
+    from clipq.report.stability import parts
     from clipq.report.tables import csv_table, markdown_table
 
     out.mkdir(parents=True, exist_ok=True)
-    plots = draw(runs)
-    for plot in plots:
+    plots, stability = draw(runs), parts(runs)
+    for plot in [*plots, *(part.plot for part in stability if part.plot is not None)]:
         (out / f"{plot.name}.png").write_bytes(plot.png)
     (out / "summary.md").write_text(markdown_table(runs), encoding="utf-8")
     (out / "summary.csv").write_text(csv_table(runs), encoding="utf-8")
     target = out / "index.html"
-    target.write_text(page(runs, plots), encoding="utf-8")
+    target.write_text(page(runs, plots, stability), encoding="utf-8")
     return target.resolve()

@@ -56,6 +56,10 @@ MISTAKES = {
         ["backend.skip=gpu.json", "off, auto", "python -m clipq.lowp.measure"],
     ),
     "loss scale without fp16": (["backend.loss_scale=65536"], ["backend.loss_scale=65536", "backend.precision=fp16"]),
+    "a policy that the guard does not have": (["guard.policy=ignore"], ["guard.policy", "stop, skip, rewind"]),
+    "a bound below the mean": (["guard.rise=-1"], ["guard.rise=-1", "a positive number"]),
+    "a bound where a scaler decides": (["guard.rise=2", "backend=fp16"], ["guard.rise=2", "backend.precision=fp16"]),
+    "watching never": (["watch.every=0"], ["watch.every=0", "1 or more steps"]),
     "nothing to skip": (["backend.skip=auto"], ["backend.skip=auto", "nothing to skip"]),
     "CUDA graph on a CPU": (["backend.cuda_graph=on", "device=cpu"], ["backend.cuda_graph=on needs a CUDA GPU"]),
     "setting of another optimizer": (

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipq.report.plots import MAX_POINTS, _thin, draw, smooth
+from clipq.report.plots import MAX_POINTS, draw, smooth, thin
 from clipq.report.runs import read_runs
 
 from .conftest import eval_row, train_row
@@ -137,7 +137,7 @@ def test_pyplot_is_not_touched(write_run):
 def test_thinning_keeps_spikes_and_ends():
     y = np.ones(300_000)
     y[123_456] = 50.0
-    x_thin, y_thin = _thin(np.arange(300_000), y)
+    x_thin, y_thin = thin(np.arange(300_000), y)
     assert len(x_thin) == len(y_thin) < 2 * MAX_POINTS
     assert x_thin[y_thin.argmax()] == 123_456
     assert (x_thin[0], x_thin[-1]) == (0, 299_999)
