@@ -198,5 +198,5 @@ def test_loss_that_goes_bad_ends_the_run_with_a_message(world: Path) -> None:
     arguments = overrides(world, "optim.lr=1e9", "name=bad", "eval=none")
     done = command("train", *(a for a in arguments if not a.startswith("eval.")), cwd=world, check=False)
     assert done.returncode == 1
-    assert "lower optim.lr, lengthen schedule.warmup or set optim.clip_norm" in done.stdout
+    assert "lower optim.lr, lengthen schedule.warmup, set optim.clip_norm, or choose" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
