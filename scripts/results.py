@@ -19,7 +19,11 @@ from clipq.report.summary import compare, count, duration, percent
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "benchmarks"
 BEGIN, END = "<!-- results of {kind}: made by scripts/results.py -->", "<!-- end of results -->"
-PAGES = {"README.md": ("run", "step"), "docs/low_precision.md": ("step", "linear")}
+PAGES = {
+    "README.md": ("run", "step"),
+    "docs/low_precision.md": ("step", "linear"),
+    "docs/stability.md": ("optimizer",),
+}
 """Page -> kinds of tables on it, in the order of the page."""
 
 
@@ -134,7 +138,27 @@ def recipes_table(results: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-TABLES = {"run": run_table, "step": step_table, "linear": linear_table, "recipes": recipes_table}
+def optimizer_table(results: list[dict[str, Any]]) -> str:
+    """One step of each optimizer over the parameters of each model, and the memory that it takes for itself."""
+    rows = []
+    for result in results:
+        models = result["results"]["models"]
+        heads = [f"{name}, {m['parameters'] / 1e6:,.1f} M in {m['tensors']}" for name, m in models.items()]
+        rows += [f"| {result['environment']['device']} | " + " | ".join(heads) + " |", "|---" * (len(models) + 1) + "|"]
+        for name in next(iter(models.values()))["columns"]:
+            columns = [m["columns"][name] for m in models.values()]
+            cells = [f"{c['ms']:.2f} ms, {c['extra_mib']:,.0f} MiB, {c['launches']:,} launches" for c in columns]
+            rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+TABLES = {
+    "run": run_table,
+    "step": step_table,
+    "linear": linear_table,
+    "recipes": recipes_table,
+    "optimizer": optimizer_table,
+}
 """Kind of results -> what makes their table."""
 
 

@@ -213,7 +213,7 @@ def _stability(parts: Sequence[Part]) -> str:
         sections.append(f"{head}<p>{escape(part.text)}</p>")
         if part.plot is not None:
             sections.append(
-                _figure(part.plot, alt=f"{part.plot.title} of {part.run.name} by step. {part.plot.caption}")
+                _figure(part.plot, alt=f"{part.plot.title}, by step. {part.plot.caption}")
             )
         if part.lines:
             rows = "\n".join(
@@ -223,7 +223,8 @@ def _stability(parts: Sequence[Part]) -> str:
             more = f'<p class="soft">and {len(part.lines) - MOST_EVENTS:,} more</p>' * (len(part.lines) > MOST_EVENTS)
             sections.append(
                 f"<details><summary>Events ({len(part.lines):,})</summary>\n"
-                f'<div class="scroll"><table class="left"><tbody>\n{rows}\n</tbody></table></div>{more}\n</details>'
+                '<div class="scroll"><table class="left"><thead><tr><th scope="col">step</th><th scope="col">event</th>'
+                f'<th scope="col"></th></tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>{more}\n</details>'
             )
     return "<section>\n<h2>Stability</h2>\n" + "\n".join(sections) + "\n</section>" if sections else ""
 

@@ -222,9 +222,7 @@ def _rows(runs: Sequence[Run], name: str, title: str, caption: str, rows: Sequen
             _mark_resumes(axes, runs, column, clock)
             axes.set_ylabel(row.label)
             if row.log_y:
-                axes.set_yscale("log")
-                axes.yaxis.set_major_formatter(_thousands)
-                axes.yaxis.set_minor_formatter(_two_and_five if _decades(axes) < 1.5 else "")
+                log_y(axes)
             else:
                 axes.yaxis.set_major_formatter(_thousands)
             if row.from_zero:
@@ -236,19 +234,36 @@ def _rows(runs: Sequence[Run], name: str, title: str, caption: str, rows: Sequen
     return Plot(name, title, caption, png(figure))
 
 
-def _figure(runs: Sequence[Run], *, rows: int) -> tuple[Figure, list[list[Axes]], _Clock]:
+def canvas(height: float) -> Figure:
+    """An empty figure, so many inches high."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10.5, 0.7 + 2.9 * rows), dpi=144, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(10.5, height), dpi=144, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def step_axis(axes: Axes) -> None:
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_formatter(_thousands)
+    axes.xaxis.get_major_locator().set_params(integer=True, nbins=6)
+
+
+def log_y(axes: Axes) -> None:
+    """A logarithmic axis for what has been drawn, with labels that do not meet."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(_thousands)
+    axes.yaxis.set_minor_formatter(_two_and_five if _decades(axes) < 1.5 else "")
+
+
+def _figure(runs: Sequence[Run], *, rows: int) -> tuple[Figure, list[list[Axes]], _Clock]:
+    figure = canvas(0.7 + 2.9 * rows)
     grid = figure.subplots(rows, 2, squeeze=False)
     longest = max((float(np.nanmax(s)) for run in runs if np.isfinite(s := run.train["seconds"]).any()), default=0.0)
     clock = _Clock("s", 1) if longest < 180 else _Clock("min", 60) if longest < 10800 else _Clock("h", 3600)
     for axes in grid[:, 0]:
-        axes.set_xlabel("step")
-        axes.xaxis.set_major_formatter(_thousands)
-        axes.xaxis.get_major_locator().set_params(integer=True, nbins=6)
+        step_axis(axes)
     for axes in grid[:, 1]:
         axes.set_xlabel(f"wall time ({clock.unit})")
     return figure, [list(row) for row in grid], clock
@@ -353,12 +368,17 @@ def _legend(
         entries.append((Line2D([], [], color=GREY, linestyle=":"), "chance"))
     if any(runs[index].resumes for index in shown):
         entries.append((Line2D([], [], color=GREY, linestyle="", marker="^", markersize=6), "resumed"))
+    legend(figure, entries)
+
+
+def legend(figure: Figure, entries: Sequence[tuple[Any, str]]) -> None:
+    """Places (handle, label) above the panels, in as many columns as there is room for."""
     room, widths = 130, [len(label) + 7 for _, label in entries]  # in letters
     columns = len(entries) if sum(widths) <= room else max(1, room // max(widths))
     placeholders = ["run"] * len(entries)
-    legend = figure.legend([h for h, _ in entries], placeholders, loc="outside upper left", ncols=columns)
+    made = figure.legend([h for h, _ in entries], placeholders, loc="outside upper left", ncols=columns)
     # Set afterwards: matplotlib leaves out labels with a leading underscore and reads $ as a formula's start.
-    for text, (_, label) in zip(legend.get_texts(), entries, strict=True):
+    for text, (_, label) in zip(made.get_texts(), entries, strict=True):
         text.set_parse_math(False)
         text.set_text(label)
 

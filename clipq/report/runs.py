@@ -229,12 +229,14 @@ class _Log:
 
     def _event(self, step: int, row: dict[str, Any]) -> None:
         name, to, parameters = row.get("event"), row.get("to"), row.get("parameters")
-        if name == "rewind" and isinstance(to, int) and to <= step:
+        if name == "rewind" and isinstance(to, int) and not isinstance(to, bool) and 0 <= to <= step:
             self._go_back(to)
             self.events.append(Event(step, name, f"went back to step {to:,}"))
         elif name == "bad step":
-            where = f", first in {row['tensor']}" if row.get("tensor") else ""
-            self.events.append(Event(step, name, f"{row.get('reason')}{where}; samples in {row.get('keys')}"))
+            reason, tensor, keys = (v if isinstance(v := row.get(k), str) else "" for k in ("reason", "tensor", "keys"))
+            where = f", first in {tensor}" if tensor else ""
+            samples = f"; samples in {keys}" if keys else ""
+            self.events.append(Event(step, name, f"{reason or 'no reason given'}{where}{samples}"))
         elif name == "gradient overflow" and isinstance(parameters, list):
             self.events.append(Event(step, name, ", ".join(map(str, parameters[:5])) + ", …" * (len(parameters) > 5)))
 
