@@ -54,7 +54,14 @@ def page(runs: Sequence[Run], plots: Sequence[Plot], stability: Sequence[Part] =
         body += [_tiles(runs[0], lines), _results(lines)]
     else:
         body += [_comparison(runs, lines), _differences(runs)]
-    body += [_plots(plots), _stability(stability), _examples(runs), _history(runs), _settings(runs), _environment(runs)]
+    body += [
+        _plots(plots),
+        _stability(stability, several=len(runs) > 1),
+        _examples(runs),
+        _history(runs),
+        _settings(runs),
+        _environment(runs),
+    ]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{escape(_POLICY)}">\n'
@@ -206,15 +213,13 @@ def _plots(plots: Sequence[Plot]) -> str:
     return "<section>\n<h2>Curves</h2>\n" + "\n".join(figures) + "\n</section>"
 
 
-def _stability(parts: Sequence[Part]) -> str:
+def _stability(parts: Sequence[Part], *, several: bool) -> str:
     sections = []
     for part in parts:
-        head = f"<h3>{escape(part.run.name)}</h3>" if len(parts) > 1 else ""
-        sections.append(f"{head}<p>{escape(part.text)}</p>")
+        whose = f"<strong>{escape(part.run.name)}</strong>: " if several else ""
+        sections.append(f"<p>{whose}{escape(part.text)}</p>")
         if part.plot is not None:
-            sections.append(
-                _figure(part.plot, alt=f"{part.plot.title}, by step. {part.plot.caption}")
-            )
+            sections.append(_figure(part.plot, alt=f"{part.plot.title}, by step. {part.plot.caption}"))
         if part.lines:
             rows = "\n".join(
                 f'<tr><th scope="row">{step:,}</th><td>{escape(kind)}</td><td>{escape(text)}</td></tr>'

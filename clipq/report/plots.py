@@ -181,12 +181,7 @@ def _accuracy(runs: Sequence[Run], task: str, name: str) -> Plot:
 def _throughput(runs: Sequence[Run]) -> Plot | None:
     rows = [
         _Row("images/s", lambda run: run.train["images_per_second"], from_zero=True, noisy=True),
-        _Row(
-            "waiting for data\n(% of time)",
-            lambda run: 100 * run.train["data_wait"],
-            from_zero=True,
-            noisy=True,
-        ),
+        _Row("waiting for data\n(% of time)", lambda run: 100 * run.train["data_wait"], from_zero=True, noisy=True),
     ]
     caption = "Images trained on each second, and the share of the time that training waited for the loader."
     return _rows(runs, "throughput", "Throughput", caption, rows)
@@ -244,17 +239,18 @@ def canvas(height: float) -> Figure:
     return figure
 
 
-def step_axis(axes: Axes) -> None:
+def step_axis(axes: Axes, *, ticks: int = 6) -> None:
     axes.set_xlabel("step")
     axes.xaxis.set_major_formatter(_thousands)
-    axes.xaxis.get_major_locator().set_params(integer=True, nbins=6)
+    axes.locator_params("x", integer=True, nbins=ticks)
 
 
 def log_y(axes: Axes) -> None:
     """A logarithmic axis for what has been drawn, with labels that do not meet."""
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(_thousands)
-    axes.yaxis.set_minor_formatter(_two_and_five if _decades(axes) < 1.5 else "")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_minor_formatter(_two_and_five if math.log10(high / low) < 1.5 else "")
 
 
 def _figure(runs: Sequence[Run], *, rows: int) -> tuple[Figure, list[list[Axes]], _Clock]:
@@ -284,11 +280,6 @@ def _thousands(value: float, _: object = None) -> str:
 
 def _two_and_five(value: float, _: object = None) -> str:
     return _thousands(value) if f"{value:e}"[0] in "25" else ""
-
-
-def _decades(axes: Axes) -> float:
-    low, high = axes.get_ylim()
-    return math.log10(high / low)
 
 
 def _x(run: Run, column: int, clock: _Clock) -> np.ndarray:

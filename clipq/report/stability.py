@@ -8,17 +8,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from clipq.report.plots import COLORS, GREY, Plot, png, short, style, thin
+from clipq.report.plots import COLORS, GREY, Plot, canvas, legend, log_y, png, short, step_axis, style, thin
 from clipq.report.runs import Run
 from clipq.report.summary import percent
 from clipq.watch.spikes import LossSpike, RmsEvent, Rules, SpikeDetector
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
 
 PATCH_EMBEDDING = "visual.conv1.weight"
 CURVES = 5
 """Parameters whose RMS_t is drawn."""
+TOLD = 5
+"""Parameters that the sentence names."""
+TOLD_LEADS = 10
+"""Lead times of each that it gives."""
+SPIKE = "#b00020"
+MARKS = {"bad step": "x", "rewind": "<", "gradient overflow": "+"}
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,7 @@ class Stability:
     rises: tuple[RmsEvent, ...]
     spikes: tuple[LossSpike, ...]
     steps: int
-    """Steps that count."""
+    """Steps that count: behind those left out, with a finite loss."""
     watched: float
     """Share of them at which RMS_t was read."""
     chance: float
@@ -39,22 +46,29 @@ class Stability:
     def announced(self) -> tuple[LossSpike, ...]:
         return tuple(spike for spike in self.spikes if spike.leads)
 
+    def leads(self) -> dict[str, list[int]]:
+        """Of each parameter that announced a spike, in the order of the spikes."""
+        leads: dict[str, list[int]] = {}
+        for spike in self.spikes:
+            for name, lead in spike.leads.items():
+                leads.setdefault(name, []).append(lead)
+        return leads
+
     def text(self) -> str:
         """The findings in a sentence or two."""
         if self.steps <= 0:
-            return f"No step counts yet: the first {self.rules.ignore:,} are left out (watch.ignore)."
-        parts = [_count(len(self.spikes), "loss spike") + f" in {self.steps:,} steps"]
+            return (
+                f"No step counts yet: the first {self.rules.ignore:,} (watch.ignore) and infinite losses are left out."
+            )
+        parts = [_count(len(self.spikes), "loss spike").capitalize() + f" in {self.steps:,} steps"]
         if self.spikes and self.watched:
             parts.append(f"; {len(self.announced)} announced by a high RMS_t 1 to {self.rules.lead} steps before")
-            leads: dict[str, list[int]] = {}
-            for spike in self.announced:
-                for name, lead in spike.leads.items():
-                    leads.setdefault(name, []).append(lead)
-            told = [f"{name}: {', '.join(map(str, sorted(found)))} steps" for name, found in leads.items()]
-            parts.append(f" ({'; '.join(told)})" if told else "")
+            by = sorted(self.leads().items(), key=lambda item: -len(item[1]))
+            told = [f"{len(leads)} by {name} (leads {_some(sorted(leads), TOLD_LEADS)})" for name, leads in by]
+            parts.append(f": {_some(told, TOLD)}" if told else "")
             parts.append(f". By chance it would be {percent(self.chance)} of them")
         if self.rises:
-            parts.append(f". RMS_t rose to {self.rules.rms} {_count(len(self.rises), 'time')}")
+            parts.append(f". {_count(len(self.rises), 'rise')} of RMS_t to {self.rules.rms} or more")
         if 0 < self.watched < 0.99:
             parts.append(
                 f". RMS_t is known at {percent(self.watched)} of the steps, too few to count lead times: "
@@ -65,6 +79,10 @@ class Stability:
 
 def _count(number: int, what: str) -> str:
     return f"{number or 'no'} {what}" + ("" if number == 1 else "s")
+
+
+def _some(values: Sequence[object], most: int) -> str:
+    return ", ".join(map(str, values[:most])) + (f" and {len(values) - most:,} more" if len(values) > most else "")
 
 
 def analyse(run: Run) -> Stability:
@@ -79,10 +97,10 @@ def analyse(run: Run) -> Stability:
         rms = {name: float(values[i]) for name, values in run.rms.items() if np.isfinite(values[i])}
         found += detector.update(step, value, rms)
         high[i] = any(v >= rules.rms for v in rms.values())
-    counts = steps > rules.ignore
-    behind = np.zeros(len(steps), bool)
-    for step in steps[high & counts].tolist():
-        behind |= (steps > step) & (steps <= step + rules.lead)
+    counts = (steps > rules.ignore) & np.isfinite(loss)
+    rises = steps[high & counts]
+    before = np.searchsorted(rises, steps)  # so many high steps lie before each
+    behind = before > np.searchsorted(rises, steps - rules.lead)  # and some of them close enough
     known = np.zeros(len(steps), bool)
     for values in run.rms.values():
         known |= np.isfinite(values)
@@ -96,63 +114,97 @@ def analyse(run: Run) -> Stability:
     )
 
 
-def drawn(run: Run) -> list[str]:
-    """The parameters whose RMS_t is drawn: the patch embedding, and those that rose highest."""
-    highest = {name: np.nanmax(v) for name, v in run.rms.items() if np.isfinite(v).any()}
+def drawn(run: Run, found: Stability) -> list[str]:
+    """The parameters whose RMS_t is drawn: the patch embedding, and those that rose highest where steps count."""
+    highest = {name: _highest(run, found, values) for name, values in run.rms.items() if np.isfinite(values).any()}
     others = sorted((n for n in highest if n != PATCH_EMBEDDING), key=lambda n: -highest[n])
     return ([PATCH_EMBEDDING] if PATCH_EMBEDDING in highest else []) + others[: CURVES - (PATCH_EMBEDDING in highest)]
 
 
-def draw_stability(run: Run, found: Stability, *, name: str) -> Plot | None:
+def _highest(run: Run, found: Stability, values: np.ndarray) -> float:
+    # The first steps, where RMS_t of most parameters is large, would choose for a whole run.
+    counted = values[(run.train["step"] > found.rules.ignore) | (found.steps == 0)]
+    return float(np.nanmax(counted)) if np.isfinite(counted).any() else 0.0
+
+
+def draw_stability(run: Run, found: Stability, *, name: str, title: str) -> Plot | None:
     """Loss above, RMS_t below; None where no RMS_t was read."""
-    names = drawn(run)
+    names = drawn(run, found)
     if not names:
         return None
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     with style():
-        figure = Figure(figsize=(10.5, 5.2), dpi=144, layout="constrained", facecolor="white")
-        FigureCanvasAgg(figure)
+        figure = canvas(6.2)
         above, below = figure.subplots(2, 1, sharex=True)
         steps = run.train["step"]
         above.plot(*thin(steps, run.train["loss"]), color=COLORS[0], linewidth=0.9)
         above.set_ylabel("loss")
-        for index, parameter in enumerate(names):
-            values = run.rms[parameter]
-            known = np.isfinite(values)
-            color = COLORS[(index + 1) % len(COLORS)]
-            below.plot(*thin(steps[known], values[known]), color=color, linewidth=0.9)
-        below.axhline(found.rules.rms, color=GREY, linestyle=":", linewidth=1)
-        below.set_yscale("log")
-        for axis_format in (below.yaxis.set_major_formatter, below.yaxis.set_minor_formatter):
-            axis_format(lambda value, _: f"{value:g}")
-        below.set_ylabel("RMS$_t$")
-        below.set_xlabel("step")
-        _mark(above, below, found, names)
-        legend = figure.legend(below.get_lines()[: len(names)], ["-"] * len(names), loc="outside upper left", ncols=2)
-        for text, parameter in zip(legend.get_texts(), names, strict=True):  # matplotlib would read $ and _ in them
-            text.set_parse_math(False)
-            text.set_text(short(parameter))
+        entries = [(_rms(below, steps, run.rms[n], _color(i)), short(n)) for i, n in enumerate(names)]
+        below.axhline(found.rules.rms, color=GREY, linestyle=":", linewidth=1.4)
+        log_y(below)
+        below.set_ylabel("RMS_t")
+        step_axis(below, ticks=10)
+        for axes in (above, below):
+            axes.axvspan(0, min(found.rules.ignore, run.last_step), color=GREY, alpha=0.08, linewidth=0)
+            axes.set_xlim(0, 1.01 * run.last_step)
+        entries += _mark_spikes(above, below, found) + _mark_rises(below, found, names) + _mark_events(above, run)
+        legend(figure, entries)
         image = png(figure)
-    caption = (
-        f"Dotted: RMS_t of {found.rules.rms}, from which on it is an event (triangles). Loss spikes are red lines. "
-        f"The grey part, up to step {found.rules.ignore:,}, does not count."
+    unseen = len(run.rms) - len(names)
+    caption = f"Dotted: RMS_t of {found.rules.rms}, from which on it is an event. " + (
+        f"The grey part, up to step {found.rules.ignore:,}, does not count." if found.rules.ignore > 0 else ""
     )
-    return Plot(name, "Loss and RMS_t", caption, image)
+    caption += f" Of {unseen + len(names)} parameters that were watched {len(names)} are drawn." if unseen else ""
+    return Plot(name, title, caption.strip(), image)
 
 
-def _mark(above: Axes, below: Axes, found: Stability, names: Sequence[str]) -> None:
-    for axes in (above, below):
-        last = axes.get_xlim()[1]
-        axes.axvspan(0, min(found.rules.ignore, last), color=GREY, alpha=0.08, linewidth=0)
-        axes.set_xlim(0, last)
-        for spike in found.spikes:
-            axes.axvline(spike.step, color="#b00020", linewidth=0.8, alpha=0.7)
-    for rise in found.rises:
-        if rise.parameter in names:
-            color = COLORS[(names.index(rise.parameter) + 1) % len(COLORS)]
-            below.plot([rise.step], [rise.rms], marker="v", color=color, markersize=5, linestyle="none")
+def _color(index: int) -> str:
+    return COLORS[(index + 1) % len(COLORS)]  # the first is that of the loss
+
+
+def _rms(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str) -> Line2D:
+    known = np.isfinite(values)
+    lone = "o" if known.sum() == 1 else ""  # no line to be seen by
+    (line,) = axes.plot(*thin(steps[known], values[known]), color=color, linewidth=0.9, marker=lone, markersize=4)
+    return line
+
+
+def _mark_spikes(above: Axes, below: Axes, found: Stability) -> list[tuple[Line2D, str]]:
+    """Behind the curves: what rises just before a spike is to be seen."""
+    marks = [
+        axes.axvline(spike.step, color=SPIKE, linewidth=0.9, linestyle="--", zorder=1.2)
+        for spike in found.spikes
+        for axes in (above, below)
+    ]
+    return [(marks[0], "loss spike")] if marks else []
+
+
+def _mark_rises(below: Axes, found: Stability, names: Sequence[str]) -> list[tuple[Line2D, str]]:
+    marks: list[Line2D] = []
+    for index, name in enumerate(names):
+        rises = [(rise.step, rise.rms) for rise in found.rises if rise.parameter == name]
+        if rises:
+            marks += below.plot(*zip(*rises, strict=True), "v", color=_color(index), markersize=5)
+    # The legend's triangle is grey: it stands for those of all colours.
+    return [(_sign(below, "v"), "RMS_t event")] if marks else []
+
+
+def _mark_events(above: Axes, run: Run) -> list[tuple[Line2D, str]]:
+    """Near the upper edge; those beyond the curve, which a rewind gave up, are in the table only."""
+    entries: list[tuple[Line2D, str]] = []
+    for place, (name, marker) in enumerate(MARKS.items()):
+        height = 1 - 0.08 * place  # a bad step and its rewind have the same step
+        steps = [event.step for event in run.events if event.name == name and 0 <= event.step <= run.last_step]
+        if steps:
+            above.plot(steps, [height] * len(steps), marker, color="black", markersize=7, clip_on=False, zorder=5,
+                       transform=above.get_xaxis_transform())  # fmt: skip
+            entries.append((_sign(above, marker, "black"), name))
+    return entries
+
+
+def _sign(axes: Axes, marker: str, color: str = GREY) -> Line2D:
+    """For the legend: a marker that is drawn nowhere else."""
+    (line,) = axes.plot([], [], marker, color=color, markersize=6)
+    return line
 
 
 def lines(run: Run, found: Stability) -> list[tuple[int, str, str]]:
@@ -177,12 +229,13 @@ class Part:
 
 
 def parts(runs: Sequence[Run]) -> list[Part]:
-    """One for each run that watched RMS_t, or to which something happened."""
+    """One for each run that watched RMS_t, to which something happened or whose loss has spikes."""
     found = []
     for index, run in enumerate(runs):
-        if not run.rms and not run.events:
-            continue
         stability = analyse(run)
-        plot = draw_stability(run, stability, name="rms" if len(runs) == 1 else f"rms_{index + 1}")
+        if not (run.rms or run.events or stability.spikes):
+            continue
+        name, title = ("rms", "") if len(runs) == 1 else (f"rms_{index + 1}", f": {run.name}")
+        plot = draw_stability(run, stability, name=name, title=f"Loss and RMS_t{title}")
         found.append(Part(run, stability.text(), plot, lines(run, stability)))
     return found
