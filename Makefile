@@ -13,8 +13,9 @@ demo: $(VENV)/.base
 	$(BIN)/clipq-train experiment=demo
 	$(BIN)/clipq-report runs/demo
 
+# Tests run on one thread each, so two at a time; make test PYTEST="-n 8" where there are more cores.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" $(PYTEST)
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST)
@@ -36,7 +37,7 @@ test-lowest:
 	$(PYTHON) scripts/lowest_versions.py > .lowest.txt
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install -q -c .lowest.txt -e '.[test]'
-	.venv-lowest/bin/python -m pytest -m "not slow and not gpu" $(PYTEST)
+	.venv-lowest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" $(PYTEST)
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -24,6 +24,7 @@ from clipq.config.schema import TrainJob
 from clipq.dist.env import DistEnv, distributed
 from clipq.log.console import Console
 from clipq.log.meters import Meter
+from clipq.lowp.measure import milliseconds
 from clipq.train.events import flush, measure_quantization
 from clipq.train.guard import gradient_norms
 from clipq.train.loop import train_step
@@ -84,9 +85,7 @@ def main() -> None:
             found["cost"] = found["watched_ms"] / found["unwatched_ms"] - 1
             run = runs["watched"]
             params = list(run.state.model.parameters())
-            found["gradient_norms_ms"] = median(
-                wall_milliseconds(lambda p=params: gradient_norms(p), warmup=3, steps=20)
-            )
+            found["gradient_norms_ms"] = milliseconds(lambda p=params: gradient_norms(p))
             batch = batch_of(run)
             start = time.perf_counter()
             measure_quantization(run, batch)

@@ -21,8 +21,8 @@ FOLDER = ROOT / "docs" / "benchmarks"
 BEGIN, END = "<!-- results of {kind}: made by scripts/results.py -->", "<!-- end of results -->"
 PAGES = {
     "README.md": ("run", "step"),
-    "docs/low_precision.md": ("step", "linear"),
-    "docs/stability.md": ("optimizer",),
+    "docs/low_precision.md": ("step", "linear", "recipes", "gemm"),
+    "docs/stability.md": ("optimizer", "watch"),
 }
 """Page -> kinds of tables on it, in the order of the page."""
 
@@ -152,12 +152,47 @@ def optimizer_table(results: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
+def gemm_table(results: list[dict[str, Any]]) -> str:
+    """Products as TOPS and as ratios to cuBLAS bf16, then the kernels over rows as shares of the copy bandwidth."""
+    rows = []
+    for result in results:
+        found, device = result["results"], result["environment"]["device"]
+        rows += [f"| tokens × inner × outputs, {device} | bf16 | int8 | fp8 |", "|---|---|---|---|"]
+        for shape, p in found["products"].items():
+            int8, fp8 = (f"{p[kind]:,.0f}, ×{p[f'{kind}_ratio']:.2f}" for kind in ("int8", "fp8"))
+            rows.append(f"| {shape.replace('x', ' × ')} | {p['bf16']:,.0f} | {int8} | {fp8} |")
+        widths = list(found["producers"])
+        rows += ["", f"| kernel over rows, {device} | " + " | ".join(f"width {w}" for w in widths) + " |"]
+        rows.append("|---" * (len(widths) + 1) + "|")
+        for kernel in dict.fromkeys(k for shares in found["producers"].values() for k in shares):
+            shares = [found["producers"][w].get(kernel) for w in widths]
+            rows.append(f"| {kernel} | " + " | ".join("–" if s is None else f"{s:.2f}" for s in shares) + " |")
+    return "\n".join(rows)
+
+
+def watch_table(results: list[dict[str, Any]]) -> str:
+    """What the instruments cost of a step; the guard's gradient norms are in both."""
+    rows = ["| step | device | with instruments | without | cost | gradient norms alone |", "|---|---|---|---|---|---|"]
+    for result in results:
+        found = result["results"]
+        for way in (key for key, value in found.items() if isinstance(value, dict)):
+            t = found[way]
+            rows.append(
+                f"| {found['model']}, {found['backend']}, {found['batch']} images, {way} | "
+                f"{result['environment']['device']} | {t['watched_ms']:.2f} ms | {t['unwatched_ms']:.2f} ms | "
+                f"{t['cost']:.2%} | {t['gradient_norms_ms']:.2f} ms |"
+            )
+    return "\n".join(rows)
+
+
 TABLES = {
     "run": run_table,
     "step": step_table,
     "linear": linear_table,
     "recipes": recipes_table,
     "optimizer": optimizer_table,
+    "gemm": gemm_table,
+    "watch": watch_table,
 }
 """Kind of results -> what makes their table."""
 

@@ -172,10 +172,12 @@ def _dequantize_rows(
 
 
 def _row_block(cols: int, sums: bool) -> RowBlock:
-    """Measured on one H100 at 33,024 rows."""
-    if sums:
-        return RowBlock(1, 8, 2, 4) if cols >= 2048 else RowBlock(1, 2, 8, 3)
-    return RowBlock(1, 4) if cols >= 2048 else RowBlock(2, 1)
+    """Measured on H100s at 33,024 rows."""
+    if not sums:
+        return RowBlock(1, 4) if cols >= 2048 else RowBlock(2, 1)
+    if cols >= 2048:
+        return RowBlock(1, 8, 2, 4)
+    return RowBlock(4, 2, 2, 4) if cols >= 1024 else RowBlock(4, 1, 4, 3)
 
 
 @functools.cache
@@ -208,7 +210,7 @@ def pack_quantize_rows(a: Tensor, b: Tensor, c: Tensor, dtype: torch.dtype) -> t
     rows, cols = a.shape
     packed, q = a.new_empty((rows, 3 * cols)), a.new_empty((rows, 3 * cols), dtype=dtype)
     scale = a.new_empty(rows, dtype=torch.float32)
-    block = RowBlock(1, 8, 2, 4)
+    block = RowBlock(1, 4, 3, 3)
     shares = a.new_empty((1, row_programs(a, block), 3 * cols), dtype=torch.float32)
     launch_rows(
         *(_pack_quantize_rows, a, block, a, b, c, packed, q, scale, shares),
