@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-PLAIN = (Tensor, nn.Parameter)
+PLAIN = {Tensor, nn.Parameter}
 
 
 def _sharded(t: Tensor) -> Any:
@@ -27,6 +27,11 @@ def local(t: Tensor) -> Tensor:
     return t if whole is None else whole.to_local()
 
 
+def all_local(tensors: list[Tensor]) -> list[Tensor]:
+    """`local` of each; the list itself where none is sharded."""
+    return tensors if PLAIN.issuperset(map(type, tensors)) else [local(t) for t in tensors]
+
+
 def reducer(params: list[Tensor]) -> Callable[[Tensor], Tensor] | None:
     """Adds numbers of shards, [params], over the processes that hold the others; None where nothing is sharded.
 
@@ -36,6 +41,8 @@ def reducer(params: list[Tensor]) -> Callable[[Tensor], Tensor] | None:
     Raises:
         RuntimeError: a tensor is a partial sum.
     """
+    if PLAIN.issuperset(map(type, params)):
+        return None
     wanted: dict[tuple[Any, int], list[int]] = {}
     for i, p in enumerate(params):
         whole = _sharded(p)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clipq.kernels.stable_adamw import Hyper, Tensors, foreach, reference
-from clipq.optim.shards import local, reducer
+from clipq.optim.shards import all_local, local, reducer
 
 FUSED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -42,12 +42,7 @@ class StableAdamW(Optimizer):
             be, else `foreach` on CUDA, else tensor by tensor.
         capturable: keep the steps on the parameters' device, so that a step can be recorded as a CUDA graph; `fused`
             always does.
-
-    Attributes:
-        rms: RMS_t of the last step, a [] tensor on the device for each parameter that had a gradient.
     """
-
-    rms: dict[Tensor, Tensor]
 
     def __init__(
         self,
@@ -78,8 +73,13 @@ class StableAdamW(Optimizer):
         self._path = _path(everything, foreach, fused, capturable)
         self._steps_on_device = capturable or self._path == "fused"
         self._step_supports_amp_scaling = self._path == "fused"  # what torch.amp.GradScaler asks for
-        self.rms = {}
+        self._rms: list[tuple[list[Tensor], Tensor]] = []
         self._caches: dict[torch.device, dict[Any, Any]] = {}
+
+    @property
+    def rms(self) -> dict[Tensor, Tensor]:
+        """RMS_t of the last step, a [] tensor on the device for each parameter that had a gradient."""
+        return {p: value for params, rms in self._rms for p, value in zip(params, rms.unbind(), strict=True)}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -99,7 +99,7 @@ class StableAdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.rms, self._caches = {}, {}
+        self._rms, self._caches = [], {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the state of this optimizer or of `torch.optim.AdamW`; settings that it lacks keep their defaults."""
@@ -134,13 +134,14 @@ class StableAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.rms = {}
+        self._rms = []
         for device in dict.fromkeys(p.device for group in self.param_groups for p in group["params"]):
             self._step_on(device)
         return loss
 
     def _step_on(self, device: torch.device) -> None:
         params: list[Tensor] = []
+        states: list[dict[str, Tensor]] = []
         groups: list[int] = []
         for number, group in enumerate(self.param_groups):
             for p in group["params"]:
@@ -150,18 +151,20 @@ class StableAdamW(Optimizer):
                     raise RuntimeError(
                         "StableAdamW: a gradient is sparse, which is not supported; use torch.optim.SparseAdam"
                     )
+                state = self.state[p]
+                if not state:
+                    state.update(self._new_state(p))
                 params.append(p)
+                states.append(state)
                 groups.append(number)
-                if not self.state[p]:
-                    self.state[p] = self._new_state(p)
         if not params:
             return
-        states = [self.state[p] for p in params]
+        grads: list[Any] = [p.grad for p in params]
         tensors = Tensors(
-            params=[local(p) for p in params],
-            grads=[local(p.grad) for p in params],  # pyright: ignore[reportArgumentType]
-            exp_avgs=[local(s["exp_avg"]) for s in states],
-            exp_avg_sqs=[local(s["exp_avg_sq"]) for s in states],
+            params=all_local(params),
+            grads=all_local(grads),
+            exp_avgs=all_local([s["exp_avg"] for s in states]),
+            exp_avg_sqs=all_local([s["exp_avg_sq"] for s in states]),
             steps=[s["step"] for s in states],
             numels=[p.numel() for p in params],  # of a DTensor those of the whole
             groups=groups,
@@ -170,8 +173,7 @@ class StableAdamW(Optimizer):
             found_inf=getattr(self, "found_inf", None),
             cache=self._caches.setdefault(device, {}),
         )
-        rms = _implementation(self._path).step(tensors, reducer(params))
-        self.rms |= dict(zip(params, rms.unbind(), strict=True))
+        self._rms.append((params, _implementation(self._path).step(tensors, reducer(params))))
 
     def _new_state(self, p: Tensor) -> dict[str, Tensor]:
         zeros = torch.zeros_like(p, dtype=_moment_type(p), memory_format=torch.preserve_format)

@@ -73,7 +73,8 @@ class RmsWatch:
         """
         nan = torch.full((), math.nan, device=local(self._params[0]).device)
         if isinstance(self._optimizer, StableAdamW):
-            return torch.stack([self._optimizer.rms.get(p, nan).float() for p in self._params])
+            known = self._optimizer.rms
+            return torch.stack([known.get(p, nan).float() for p in self._params])
         settings = {p: group for group in self._optimizer.param_groups for p in group["params"]}
         have = [p for p in self._params if p.grad is not None and p in self._optimizer.state]
         sums = [_ratio_sum(p, self._optimizer.state[p], settings[p]) for p in have]

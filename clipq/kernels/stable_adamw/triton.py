@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -234,24 +233,19 @@ class _Set:
         self._addresses: list[int] = []
         self._pointers = self.chunks
 
-    def pointers(self, tensors: Tensors) -> Tensor:
+    def pointers(self, addresses: list[list[int]]) -> Tensor:
         """[5, tensors] int64: addresses of θ, g, m, u and the step."""
-        lists = (tensors.params, tensors.grads, tensors.exp_avgs, tensors.exp_avg_sqs, tensors.steps)
-        addresses = [values[i].data_ptr() for values in lists for i in self.indices]
-        if addresses != self._addresses:
-            self._addresses, self._pointers = addresses, _upload(addresses, torch.int64, self.chunks.device)
+        own = [of_all[i] for of_all in addresses for i in self.indices]
+        if own != self._addresses:
+            self._addresses, self._pointers = own, _upload(own, torch.int64, self.chunks.device)
         return self._pointers
 
 
-def _sets(tensors: Tensors) -> list[tuple[dict[str, Any], _Set]]:
+def _sets(tensors: Tensors, addresses: list[list[int]]) -> list[tuple[dict[str, Any], _Set]]:
     """Every set with the constants of its kernels; kept while the tensors are of the same kinds."""
     kinds = [
-        (
-            TYPES[p.dtype],
-            TYPES[g.dtype],
-            all(t.data_ptr() % 16 == 0 for t in (p, g, m, u)),
-        )
-        for p, g, m, u in zip(tensors.params, tensors.grads, tensors.exp_avgs, tensors.exp_avg_sqs, strict=True)
+        (TYPES[p.dtype], TYPES[g.dtype], (p_at | g_at | m_at | u_at) % 16 == 0)
+        for p, g, p_at, g_at, m_at, u_at in zip(tensors.params, tensors.grads, *addresses[:4], strict=True)
     ]
     key = ("sets", *kinds, *(p.numel() for p in tensors.params), *tensors.numels, *tensors.groups)
     if key not in tensors.cache:
@@ -285,8 +279,10 @@ def step(tensors: Tensors, reduce: Callable[[Tensor], Tensor] | None) -> Tensor:
         g if g.stride() == p.stride() else torch.empty_like(p, dtype=g.dtype).copy_(g)
         for p, g in zip(tensors.params, tensors.grads, strict=True)
     ]
-    tensors = replace(tensors, grads=grads)
-    sets, hypers = _sets(tensors), _hypers(tensors)
+    lists = (tensors.params, grads, tensors.exp_avgs, tensors.exp_avg_sqs, tensors.steps)
+    addresses = [[t.data_ptr() for t in own] for own in lists]
+    sets, hypers = _sets(tensors, addresses), _hypers(tensors)
+    pointers = [own.pointers(addresses) for _, own in sets]
     device = tensors.params[0].device
     unused = hypers  # a pointer for what a kernel does not read
     scale = unused if tensors.grad_scale is None else tensors.grad_scale
@@ -294,9 +290,9 @@ def step(tensors: Tensors, reduce: Callable[[Tensor], Tensor] | None) -> Tensor:
     rms = torch.zeros(len(tensors.params), device=device) if len(sets) > 1 or reduce else None
     sums = None if reduce is None else torch.zeros(len(tensors.params), device=device)
     scaled, end = {"SCALED": tensors.grad_scale is not None}, {"BLOCK": BLOCK, "HYPERS": HYPERS}
-    for constants, own in sets:
+    for (constants, own), table in zip(sets, pointers, strict=True):
         launch(
-            *(_ratio_sums, (own.programs,), own.pointers(tensors), own.chunks, hypers, own.current, own.sums, scale),
+            *(_ratio_sums, (own.programs,), table, own.chunks, hypers, own.current, own.sums, scale),
             own.count,
             constants=constants | scaled | end,
             warps=8,
@@ -307,9 +303,9 @@ def step(tensors: Tensors, reduce: Callable[[Tensor], Tensor] | None) -> Tensor:
             sums[own.places] = part
     if reduce is not None and sums is not None:
         sums = reduce(sums)
-    for constants, own in sets:
+    for (constants, own), table in zip(sets, pointers, strict=True):
         launch(
-            *(_update, (own.programs,), own.pointers(tensors), own.chunks, own.first_chunk, own.numels, hypers),
+            *(_update, (own.programs,), table, own.chunks, own.first_chunk, own.numels, hypers),
             *(own.current, own.sums if sums is None else sums[own.places], own.rms, scale, found_inf, own.count),
             constants=constants | scaled | {"CHECKED": tensors.found_inf is not None, "CHUNKED": sums is None} | end,
             warps=8,

@@ -208,6 +208,7 @@ def test_truncated_gzip_is_logged_with_the_count(shard: Path, caplog: pytest.Log
         (gzip.compress(b"no archive" * 100), "0 samples were read before"),
         (None, "No such file"),
     ],
+    ids=["empty", "html", "half a header", "packed text", "missing"],
 )
 def test_what_is_no_shard_is_logged(
     content: bytes | None, says: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
