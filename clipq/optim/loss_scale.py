@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from clipq.optim.shards import local, reducer
+from clipq.optim.shards import local, local_grad, reducer
 
 
 class FixedLossScaler:
@@ -51,7 +51,7 @@ class FixedLossScaler:
 
     @torch.no_grad()
     def unscale_(self, optimizer: Optimizer) -> None:
-        """Divides the optimizer's gradients by the scale, and puts those aside that are not finite, until `update`.
+        """Divides the optimizer's gradients by the scale, and puts those aside that are not finite, until after `step`.
 
         Raises:
             RuntimeError: called twice in a step.
@@ -74,14 +74,20 @@ class FixedLossScaler:
         """The optimizer's step without the parameters whose gradients are not finite."""
         if not self._unscaled:
             self.unscale_(optimizer)
-        return optimizer.step()
+        result = optimizer.step()
+        self._put_back()
+        return result
 
     def update(self) -> None:
-        """Ends a step: gradients that were put aside come back, as they were."""
+        """Ends a step."""
+        self._put_back()
+        self._unscaled = False
+
+    def _put_back(self) -> None:
+        """Gradients that were put aside come back, as they were: a recorded backward writes into them."""
         for p, grad in self._removed.items():
             p.grad = grad
         self._removed.clear()
-        self._unscaled = False
 
     def state_dict(self) -> dict[str, Any]:
         return {"skipped": dict(self.skipped)}
@@ -95,7 +101,7 @@ def _finite(params: list[nn.Parameter]) -> list[bool]:
     """Whether all of each parameter's gradient, over all its shards, is finite."""
     if not params:
         return []
-    grads = [local(p.grad) for p in params]  # pyright: ignore[reportArgumentType]
+    grads = [local_grad(p) for p in params]
     filled = [i for i, g in enumerate(grads) if g.numel()]
     bad = torch.zeros(len(params), device=grads[0].device)
     if filled:

@@ -32,11 +32,22 @@ def all_local(tensors: list[Tensor]) -> list[Tensor]:
     return tensors if PLAIN.issuperset(map(type, tensors)) else [local(t) for t in tensors]
 
 
+def local_grad(p: Tensor) -> Tensor:
+    """What this process holds of a parameter's gradient, laid out as the parameter is.
+
+    Collective where the gradient is laid out otherwise: without FSDP, tensor parallelism leaves sums unfinished.
+    """
+    own, grad = _sharded(p), _sharded(p.grad)  # pyright: ignore[reportArgumentType]
+    if own is not None and grad is not None and own.placements != grad.placements:
+        return grad.redistribute(placements=own.placements).to_local()
+    return local(p.grad)  # pyright: ignore[reportArgumentType]
+
+
 def reducer(params: list[Tensor]) -> Callable[[Tensor], Tensor] | None:
     """Adds numbers of shards, [params], over the processes that hold the others; None where nothing is sharded.
 
-    One all-reduce for each dimension of a mesh along which tensors are sharded: one, unless a model mixes meshes. To be
-    called on every rank with the same parameters.
+    One all-reduce for each dimension of a mesh along which tensors are sharded: one under FSDP2, two with tensor
+    parallelism besides. To be called on every rank with the same parameters.
 
     Raises:
         RuntimeError: a tensor is a partial sum.
@@ -51,7 +62,7 @@ def reducer(params: list[Tensor]) -> Callable[[Tensor], Tensor] | None:
         for dim, placement in enumerate(whole.placements):
             if placement.is_partial():
                 raise RuntimeError(f"a parameter is a partial sum over {whole.device_mesh}: expected shards or copies")
-            if placement.is_shard():
+            if not placement.is_replicate():  # of strided shards, FSDP over tensor parallelism, is_shard() is False
                 wanted.setdefault((whole.device_mesh, dim), []).append(i)
     if not wanted:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clipq.kernels.stable_adamw import Hyper, Tensors, foreach, reference
-from clipq.optim.shards import all_local, local, reducer
+from clipq.optim.shards import all_local, local, local_grad, reducer
 
 FUSED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -69,17 +70,26 @@ class StableAdamW(Optimizer):
         super().__init__(params, defaults)
         for group in self.param_groups:
             _check(group)
-        everything = [p for group in self.param_groups for p in group["params"]]
-        self._path = _path(everything, foreach, fused, capturable)
-        self._steps_on_device = capturable or self._path == "fused"
-        self._step_supports_amp_scaling = self._path == "fused"  # what torch.amp.GradScaler asks for
+        self._asked = foreach, fused, capturable
+        self._choose_path()
         self._rms: list[tuple[list[Tensor], Tensor]] = []
         self._caches: dict[torch.device, dict[Any, Any]] = {}
 
     @property
     def rms(self) -> dict[Tensor, Tensor]:
-        """RMS_t of the last step, a [] tensor on the device for each parameter that had a gradient."""
-        return {p: value for params, rms in self._rms for p, value in zip(params, rms.unbind(), strict=True)}
+        """RMS_t of the last step that was made, a [] tensor on the device for each parameter that had a gradient.
+
+        A new dictionary at each reading.
+        """
+        return {p: value for params, rms in self._rms for p, value in zip(params, rms.clone().unbind(), strict=True)}
+
+    def _choose_path(self) -> None:
+        params = [p for group in self.param_groups for p in group["params"]]
+        self._devices = {p.device for p in params}
+        foreach, fused, capturable = self._asked
+        self._path = _path(params, foreach, fused, capturable)
+        self._steps_on_device = capturable or self._path == "fused"
+        self._step_supports_amp_scaling = self._path == "fused"  # what torch.amp.GradScaler asks for
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -92,6 +102,8 @@ class StableAdamW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {  # pyright: ignore[reportAttributeAccessIssue]
+            "_asked": self._asked,
+            "_devices": self._devices,
             "_path": self._path,
             "_steps_on_device": self._steps_on_device,
             "_step_supports_amp_scaling": self._step_supports_amp_scaling,
@@ -102,8 +114,21 @@ class StableAdamW(Optimizer):
         self._rms, self._caches = [], {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the state of this optimizer or of `torch.optim.AdamW`; settings that it lacks keep their defaults."""
+        """Takes the state of this optimizer or of `torch.optim.AdamW`; settings that it lacks keep their defaults.
+
+        Raises:
+            ValueError: it is of an AdamW with `amsgrad` or `maximize`, or does not fit the parameters.
+        """
+        for group in state_dict["param_groups"]:
+            for name in ("amsgrad", "maximize"):
+                if group.get(name):
+                    raise ValueError(f"StableAdamW: the state is of an optimizer with {name}=True, which it lacks")
+        hooked: dict[str, Any] = {}
+        # the last of the hooks sees what the others made of it
+        handle = self.register_load_state_dict_pre_hook(lambda _, state: hooked.update(state))
         super().load_state_dict(state_dict)
+        handle.remove()
+        state_dict = hooked
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         own = [p for group in self.param_groups for p in group["params"]]
         for group in self.param_groups:
@@ -135,7 +160,10 @@ class StableAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._rms = []
-        for device in dict.fromkeys(p.device for group in self.param_groups for p in group["params"]):
+        devices = dict.fromkeys(p.device for group in self.param_groups for p in group["params"])
+        if devices.keys() != self._devices and not self.state:  # the model was moved after the optimizer was made
+            self._choose_path()
+        for device in devices:
             self._step_on(device)
         return loss
 
@@ -159,18 +187,19 @@ class StableAdamW(Optimizer):
                 groups.append(number)
         if not params:
             return
-        grads: list[Any] = [p.grad for p in params]
+        told = (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))  # by torch.amp.GradScaler
+        grad_scale, found_inf = (None if t is None else t.to(device, non_blocking=True) for t in told)
         tensors = Tensors(
             params=all_local(params),
-            grads=all_local(grads),
+            grads=[local_grad(p) for p in params],
             exp_avgs=all_local([s["exp_avg"] for s in states]),
             exp_avg_sqs=all_local([s["exp_avg_sq"] for s in states]),
             steps=[s["step"] for s in states],
             numels=[p.numel() for p in params],  # of a DTensor those of the whole
             groups=groups,
             hypers=[_hyper(group) for group in self.param_groups],
-            grad_scale=getattr(self, "grad_scale", None),
-            found_inf=getattr(self, "found_inf", None),
+            grad_scale=grad_scale,
+            found_inf=found_inf,
             cache=self._caches.setdefault(device, {}),
         )
         self._rms.append((params, _implementation(self._path).step(tensors, reducer(params))))
@@ -215,9 +244,16 @@ def _path(params: list[Tensor], use_foreach: bool | None, use_fused: bool | None
     if use_fused:
         _require_fusable(params)
         return "fused"
-    if use_fused is None and not use_foreach and params and all(map(_fusable, params)):
-        return "fused"
     on_cuda = bool(params) and all(p.is_cuda for p in params)
+    if use_fused is None and use_foreach is None and on_cuda:
+        bad = next((p for p in params if not _fusable(p)), None)
+        if bad is None:
+            return "fused"
+        warnings.warn(
+            f"StableAdamW: not fused, since a parameter is {bad.dtype} of shape {tuple(bad.shape)} with strides "
+            f"{bad.stride()}: keep it in an optimizer of its own, or give foreach=True if that is as it should be",
+            stacklevel=3,
+        )
     return "foreach" if use_foreach or (use_foreach is None and on_cuda and not capturable) else "reference"
 
 
@@ -237,7 +273,9 @@ def _require_fusable(params: list[Tensor]) -> None:
 
 
 def _check(group: dict[str, Any]) -> None:
-    """Raises ValueError for a setting that makes no sense."""
+    """Raises ValueError for a setting that makes no sense, and for complex parameters."""
+    if any(p.is_complex() for p in group["params"]):
+        raise ValueError("StableAdamW: a parameter is complex, which is not supported: use torch.optim.AdamW for it")
     lr, (beta1, beta2) = group["lr"], group["betas"]
     expected = {
         "lr": (isinstance(lr, Tensor) or 0 <= lr < math.inf, "a finite rate, 0 or more"),

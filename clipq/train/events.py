@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from clipq.config.choices import GuardPolicy
-from clipq.dist.gather import gather_objects
+from clipq.dist.gather import gather_objects, raised_on_every_rank
 from clipq.log.meters import Meter
 from clipq.log.writers import Row
 from clipq.train.checkpoint import load
@@ -110,17 +111,23 @@ def step_in(run: Run, bad: list[Row]) -> bool:
         raise diverged(run, what)
     if guard.stepped_in >= guard.limit:
         raise diverged(run, f"{what}, and that is as often as guard.limit={guard.limit} allows")
-    if guard.policy is GuardPolicy.rewind and run.checkpoints.newest() is None:
+    if guard.policy is GuardPolicy.rewind and newest(run) is None:
         raise diverged(run, f"{what}, with guard.policy=rewind")
     return guard.policy is GuardPolicy.rewind
 
 
+def newest(run: Run) -> Path | None:
+    """The newest checkpoint as rank 0 sees it: other machines may see the folder as it was. Collective."""
+    return gather_objects(run.checkpoints.newest())[0]
+
+
 def rewind(run: Run) -> None:
     """Takes the newest checkpoint, with the place in the data as it is now. Collective."""
-    state, path = run.state, run.checkpoints.newest()
+    state, path = run.state, newest(run)
     assert path is not None
     step, batches = state.step, state.batches
-    load(path, state, run.env)
+    with raised_on_every_rank(ValueError):
+        load(path, state, run.env)
     state.batches = batches
     write(run, [{"kind": "event", "step": step, "event": "rewind", "to": state.step}])
     log.warning("went back from step %d to %s; the batches since are left out", step, path)

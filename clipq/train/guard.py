@@ -61,9 +61,10 @@ class Guard:
         return bad if self._scaling else bad | ~norm.isfinite()
 
     def update(self, optimizer: Optimizer, scaler: Scaler, bad: Tensor) -> None:
-        """The optimizer's step, which changes nothing where the step is bad. A loss scaler decides by itself."""
-        if self._scaling:
-            scaler.step(optimizer)
+        """The optimizer's step, which changes nothing where the step is bad. A loss scaler judges gradients itself."""
+        if self._scaling:  # it waits for the device anyway
+            if not bad.item():
+                scaler.step(optimizer)
         elif getattr(optimizer, "_step_supports_amp_scaling", False):
             # what torch.amp.GradScaler tells an optimizer whose kernels can leave a step out
             optimizer.grad_scale, optimizer.found_inf = None, bad.float()  # pyright: ignore[reportAttributeAccessIssue]

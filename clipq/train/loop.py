@@ -115,7 +115,7 @@ def train_step(run: Run, batch: dict[str, Any], lr: float) -> Pending:
     if watching:
         run.watch.before_update()
     run.guard.update(state.optimizer, state.scaler, bad)
-    watched = run.watch.after_update() if watching else None
+    watched = run.watch.after_update(bad) if watching else None
     state.scaler.update()
     if isinstance(state.scaler, FixedLossScaler) and state.scaler.left_out:
         left_out(run, state.scaler.left_out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import nn
 from clipq.dist.gather import gather_objects
 from clipq.optim.loss_scale import FixedLossScaler
 from clipq.watch.spikes import SpikeDetector
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -56,10 +59,16 @@ class TrainState:
         self.seconds = saved["seconds"]
         self.spikes.load_state_dict(saved["spikes"])
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(saved["optimizer"])
+        # before loading: by `fused` torch decides where the counts of steps are to lie
+        groups = [old | own for old, own in zip(saved["optimizer"]["param_groups"], settings, strict=True)]
+        self.optimizer.load_state_dict({**saved["optimizer"], "param_groups": groups})
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)
-        self.scaler.load_state_dict(saved["scaler"])
+        dynamic = isinstance(self.scaler, torch.amp.GradScaler) and self.scaler.is_enabled()
+        if dynamic and "scale" not in saved["scaler"]:
+            log.warning("the checkpoint has no dynamic loss scale: it begins at %g", self.scaler.get_scale())
+        else:
+            self.scaler.load_state_dict(saved["scaler"])
         if len(saved["rng"]) == world_size:
             rng = saved["rng"][rank]
             torch.set_rng_state(rng["cpu"])

@@ -85,11 +85,15 @@ class Watch:
         self._before = [local(p).clone() for p in self._params]
 
     @torch.no_grad()
-    def after_update(self) -> Tensor:
-        """All values of the step, float32, in the order that `rows` expects; the gradients must still be there."""
+    def after_update(self, bad: Tensor) -> Tensor:
+        """All values of the step, float32, in the order that `row` expects; the gradients must still be there.
+
+        Args:
+            bad: [], whether the step was refused: its RMS_t is NaN, for moments and gradients do not belong together.
+        """
         parts = []
         if self._rms is not None:
-            parts.append(self._rms())
+            parts.append(self._rms().masked_fill(bad, math.nan))
         if self._features is not None:
             parts.append(self._features.values())
         if self._params:

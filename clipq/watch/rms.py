@@ -15,7 +15,7 @@ from torch.optim import AdamW
 
 from clipq.kernels.stable_adamw.reference import least
 from clipq.model.surgery import blocks
-from clipq.optim.shards import local, reducer
+from clipq.optim.shards import local, local_grad, reducer
 from clipq.optim.stable_adamw import StableAdamW
 
 DEFAULT = "default"
@@ -69,7 +69,7 @@ class RmsWatch:
     def __call__(self) -> Tensor:
         """[names] float32 of the step that was just made, to be called before the gradients are dropped.
 
-        NaN for a parameter without a gradient.
+        NaN for a parameter without a gradient, or with one that is not finite.
         """
         nan = torch.full((), math.nan, device=local(self._params[0]).device)
         if isinstance(self._optimizer, StableAdamW):
@@ -83,13 +83,14 @@ class RmsWatch:
         total, reduce = torch.stack(sums), reducer(list(have))
         total = total if reduce is None else reduce(total)
         rms = {p: (t / max(1, p.numel())).sqrt() for p, t in zip(have, total.unbind(), strict=True)}
-        return torch.stack([rms.get(p, nan) for p in self._params])
+        values = torch.stack([rms.get(p, nan) for p in self._params])
+        return torch.where(values.isfinite(), values, nan)
 
 
 def _ratio_sum(p: nn.Parameter, state: dict[str, Tensor], group: dict[str, object]) -> Tensor:
     betas: tuple[float, float] = group["betas"]  # pyright: ignore[reportAssignmentType]
     eps: float = group["eps"]  # pyright: ignore[reportAssignmentType]
     assert p.grad is not None
-    grad, moment = local(p.grad).float(), local(state["exp_avg_sq"]).float()
+    grad, moment = local_grad(p).float(), local(state["exp_avg_sq"]).float()
     correction = (1 - betas[1] ** state["step"].double()).float().to(grad.device, non_blocking=True)
     return (grad.square() / (moment / correction).clamp(min=least(eps, torch.float32))).sum()

@@ -14,6 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+LEAST = 1e-6
+"""Deviation that a loss is taken to have at least, as a share of its mean."""
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -100,12 +103,13 @@ class SpikeDetector:
     def _loss_spikes(self, step: int, loss: float) -> list[LossSpike]:
         rules = self.rules
         mean, deviation = self._mean, math.sqrt(max(0.0, self._square - self._mean**2))
-        bound = mean + rules.deviations * deviation
+        # without a floor, losses that were all the same would bound what is learned to that same loss for ever
+        bound = mean + rules.deviations * max(deviation, LEAST * abs(mean))
         if not math.isfinite(loss):
             return []
         high = self._count > 0 and loss > bound
         # A rise that stays is a new level, not a spike without an end: what the mean learns of it is bounded.
-        self._learn(min(loss, bound) if high else loss)
+        self._learn(min(loss, bound) if high and self._count >= rules.horizon else loss)
         if not high or step <= rules.ignore:
             return []
         merged = step - self._last_high <= rules.within

@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from clipq.optim.stable_adamw import StableAdamW
+from clipq.optim import FixedLossScaler, StableAdamW
 from tests.helpers import run_distributed
 
 SHAPES = [(5, 3), (1, 4), (7,), (2, 3, 2), (1,)]
@@ -89,6 +90,58 @@ def fsdp() -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("function", [shards, fsdp])
+def partial_gradients() -> None:
+    """Tensor parallelism without FSDP leaves the gradients of what every process has whole as unfinished sums."""
+    dist.init_process_group("gloo")
+    mesh, rank = init_device_mesh("cpu", (2,)), dist.get_rank()
+    alone = nn.Parameter(whole()[0])
+    copy = nn.Parameter(distribute_tensor(alone.detach().clone(), mesh, [Replicate()]))
+    one, two = StableAdamW([alone], **SETTINGS), StableAdamW([copy], **SETTINGS)
+    scaler = FixedLossScaler([("copy", copy)], 1.0)
+    for step in range(3):
+        alone.grad = gradient(step, 0)
+        part = gradient(step, 0).flip(0)  # another in each element: a mere factor would not change a step
+        copy.grad = DTensor.from_local(part if rank == 0 else alone.grad - part, mesh, [Partial()])
+        one.step()
+        scaler.step(two)
+        scaler.update()
+        torch.testing.assert_close(copy.to_local(), alone.detach(), rtol=1e-6, atol=1e-6)  # pyright: ignore
+    dist.destroy_process_group()
+
+
+def fsdp_over_tensor_parallelism() -> None:
+    """Both divide the rows of the first layer: its RMS is a sum over both dimensions of the mesh."""
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+
+    def model() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 4))
+
+    alone, sharded = model(), model()
+    parallelize_module(sharded, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    fully_shard(sharded, mesh=mesh["data"])
+    one, two = (StableAdamW(m.parameters(), **SETTINGS) for m in (alone, sharded))
+    for step in range(6):
+        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step)) * (1 if step < 4 else 40)
+        for m, optimizer in ((alone, one), (sharded, two)):
+            m(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        for p, q in zip(alone.parameters(), sharded.parameters(), strict=True):
+            torch.testing.assert_close(two.rms[q], one.rms[p], rtol=1e-4, atol=1e-6)
+    for p, q in zip(alone.parameters(), sharded.parameters(), strict=True):
+        torch.testing.assert_close(q.full_tensor(), p.detach(), rtol=1e-5, atol=1e-6)  # pyright: ignore
+    del sharded, two, q, m, optimizer
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_four_processes_are_one() -> None:
+    run_distributed(fsdp_over_tensor_parallelism, 4)
+
+
+@pytest.mark.parametrize("function", [shards, fsdp, partial_gradients])
 def test_two_processes_are_one(function) -> None:
     run_distributed(function, 2)

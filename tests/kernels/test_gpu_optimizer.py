@@ -101,6 +101,15 @@ def test_a_step_in_a_cuda_graph() -> None:
     with torch.cuda.graph(graph):
         recorded.step()
     for step in range(2, 6):
+        if step == 3:  # another step, not recorded, with gradients elsewhere: what was recorded stays as it was
+            aside = [p.grad for p in params]
+            for p, q in zip(params, alone, strict=True):
+                p.grad = q.grad = torch.ones_like(p)
+            recorded.step()
+            plain.step()
+            for p, grad in zip(params, aside, strict=True):
+                p.grad = grad
+            torch.full((1 << 20,), -1, device="cuda")  # into memory that is free now
         if step == 4:
             rate.fill_(1e-3)
             plain.param_groups[0]["lr"] = 1e-3
@@ -109,7 +118,7 @@ def test_a_step_in_a_cuda_graph() -> None:
         plain.step()
         for p, q in zip(params, alone, strict=True):
             torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
-    assert recorded.state[params[0]]["step"].item() == 6
+    assert recorded.state[params[0]]["step"].item() == 7
 
 
 def test_dynamic_loss_scale() -> None:
@@ -151,3 +160,31 @@ def test_state_goes_between_devices_and_paths() -> None:
     first.step()
     assert first.state[params[1]]["step"].item() == 2
     assert first.state[params[1]]["step"].is_cuda
+
+
+def test_rms_is_kept_by_who_read_it() -> None:
+    params, exact = models()
+    optimizer = StableAdamW(params)
+    give_gradients(params, exact, 99)
+    optimizer.step()
+    first = optimizer.rms[params[1]]
+    before = first.item()
+    give_gradients(params, exact, 100)
+    optimizer.step()
+    assert first.item() == before
+    assert optimizer.rms[params[1]] > 1.3
+
+
+def test_path_is_that_of_where_the_parameters_are() -> None:
+    model = nn.Linear(4, 4)
+    optimizer = StableAdamW(model.parameters())
+    model.cuda()
+    model(torch.ones(1, 4, device="cuda")).sum().backward()
+    optimizer.step()
+    assert optimizer.state[model.weight]["step"].is_cuda, "fused"
+
+
+def test_what_prevents_the_fused_path_is_named() -> None:
+    params = [nn.Parameter(torch.ones(4, device="cuda")), nn.Parameter(torch.ones(4, device="cuda").double())]
+    with pytest.warns(UserWarning, match="not fused, since a parameter is torch.float64"):
+        StableAdamW(params)

@@ -44,11 +44,12 @@ def ratio_sums(tensors: Tensors) -> Tensor:
 
 def rms_of(tensors: Tensors, sums: Tensor) -> Tensor:
     """RMS of each tensor; that of an empty one is 0."""
-    key = ("numels", *tensors.numels, sums.dtype)
-    if key not in tensors.cache:  # a copy to a GPU waits for it
+    key = (*tensors.numels, sums.dtype)
+    if tensors.cache.get("key") != key:  # a copy to a GPU waits for it
         numels = [max(1, n) for n in tensors.numels]
-        tensors.cache[key] = torch.tensor(numels, dtype=sums.dtype, device=sums.device)
-    return (sums / tensors.cache[key]).sqrt()
+        tensors.cache["key"] = key
+        tensors.cache["numels"] = torch.tensor(numels, dtype=sums.dtype, device=sums.device)
+    return (sums / tensors.cache["numels"]).sqrt()
 
 
 def clipped_rates(hyper: Hyper, rms: Tensor) -> Tensor:

@@ -198,7 +198,9 @@ def _update(
 
 def _row(hyper: Hyper) -> list[float]:
     log1, log2 = (math.log(beta) if beta else -math.inf for beta in (hyper.beta1, hyper.beta2))
-    lr = 0.0 if isinstance(hyper.lr, Tensor) else hyper.lr  # a tensor is copied into the table
+    lr = hyper.lr
+    if isinstance(lr, Tensor):  # one on the GPU is copied into the table there
+        lr = 0.0 if lr.is_cuda else lr.item()
     return [
         *(lr, 1 - hyper.beta1, hyper.beta2, 1 - hyper.beta2, hyper.beta2_power or 0.0, log1, log2, hyper.eps),
         *(least(hyper.eps, torch.float32), hyper.clip_threshold, hyper.weight_decay),
@@ -247,17 +249,17 @@ def _sets(tensors: Tensors, addresses: list[list[int]]) -> list[tuple[dict[str, 
         (TYPES[p.dtype], TYPES[g.dtype], (p_at | g_at | m_at | u_at) % 16 == 0)
         for p, g, p_at, g_at, m_at, u_at in zip(tensors.params, tensors.grads, *addresses[:4], strict=True)
     ]
-    key = ("sets", *kinds, *(p.numel() for p in tensors.params), *tensors.numels, *tensors.groups)
-    if key not in tensors.cache:
-        tensors.cache.clear()
-        tensors.cache[key] = [
+    key = (*kinds, *(p.numel() for p in tensors.params), *tensors.numels, *tensors.groups)
+    if tensors.cache.get("key") != key:
+        tensors.cache["key"] = key
+        tensors.cache["sets"] = [
             (
                 {"P_TYPE": kind[0], "G_TYPE": kind[1], "ALIGNED": kind[2]},
                 _Set(tensors, [i for i, own in enumerate(kinds) if own == kind]),
             )
             for kind in dict.fromkeys(kinds)
         ]
-    return tensors.cache[key]
+    return tensors.cache["sets"]
 
 
 def _hypers(tensors: Tensors) -> Tensor:
@@ -268,7 +270,7 @@ def _hypers(tensors: Tensors) -> Tensor:
         tensors.cache["rows"], tensors.cache["hypers"] = rows, _upload(flat, torch.float32, tensors.params[0].device)
     table: Tensor = tensors.cache["hypers"]
     for group, hyper in enumerate(tensors.hypers):
-        if isinstance(hyper.lr, Tensor):
+        if isinstance(hyper.lr, Tensor) and hyper.lr.is_cuda:
             table[group * HYPERS].copy_(hyper.lr)
     return table
 
@@ -284,6 +286,9 @@ def step(tensors: Tensors, reduce: Callable[[Tensor], Tensor] | None) -> Tensor:
     sets, hypers = _sets(tensors, addresses), _hypers(tensors)
     pointers = [own.pointers(addresses) for _, own in sets]
     device = tensors.params[0].device
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # A recorded step reads these tables whenever it is replayed, also after others have taken their place here.
+        tensors.cache.setdefault("recorded", []).append((sets, pointers, hypers))
     unused = hypers  # a pointer for what a kernel does not read
     scale = unused if tensors.grad_scale is None else tensors.grad_scale
     found_inf = unused if tensors.found_inf is None else tensors.found_inf

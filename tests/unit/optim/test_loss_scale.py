@@ -79,3 +79,19 @@ def test_wrong_scales() -> None:
     for scale in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="scale="):
             FixedLossScaler([], scale)
+
+
+def test_gradients_may_be_dropped_before_update() -> None:
+    """As with torch's scaler: what was put aside does not come back after `zero_grad`."""
+    net = model()
+    optimizer = StableAdamW(net.parameters())
+    scaler = FixedLossScaler(net.named_parameters(), 2.0)
+    for step in range(2):
+        backward(net, scaler)
+        if step == 0:
+            net[0].weight.grad[0, 0] = math.nan
+        scaler.step(optimizer)
+        assert scaler.left_out == (["0.weight"] if step == 0 else [])
+        optimizer.zero_grad()
+        scaler.update()
+        assert net[0].weight.grad is None

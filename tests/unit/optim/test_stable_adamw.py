@@ -138,7 +138,6 @@ def test_groups_have_their_own_settings(path) -> None:
     run(StableAdamW([{"params": [p], **o} for p, o in zip(together, own, strict=True)], **path), together, 20)
     for i, settings in enumerate(own):
         alone = parameters(shapes=shapes)
-        run(StableAdamW([alone[i]], **settings, **path), [alone[i]], 0)
         optimizer = StableAdamW([alone[i]], **settings, **path)
         for step in range(1, 21):
             alone[i].grad = gradients(step, alone)[i]
@@ -361,3 +360,43 @@ def test_sparse_gradients() -> None:
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match="sparse"):
         StableAdamW(embedding.parameters()).step()
+
+
+def test_hooks_of_loading_are_heard() -> None:
+    """As those that find parameters by name: here the state comes in another order."""
+    params = parameters(torch.float32, [(3,), (3,)])
+    first, second = StableAdamW(params), StableAdamW(params)
+    run(first, params, 2)
+
+    def swap(_: object, state: dict[str, Any]) -> dict[str, Any]:
+        return {**state, "state": {0: state["state"][1], 1: state["state"][0]}}
+
+    second.register_load_state_dict_pre_hook(swap)
+    second.load_state_dict(first.state_dict())
+    for i, p in enumerate(params):
+        assert torch.equal(second.state[p]["exp_avg"], first.state[params[1 - i]]["exp_avg"])
+
+
+@pytest.mark.parametrize("lacking", ["amsgrad", "maximize"])
+def test_state_of_what_it_cannot_do_is_refused(lacking: str) -> None:
+    params = parameters()
+    other = torch.optim.AdamW(params, **{lacking: True})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=f"{lacking}=True"):
+        StableAdamW(params).load_state_dict(other.state_dict())
+
+
+def test_complex_parameters_are_refused() -> None:
+    with pytest.raises(ValueError, match="complex"):
+        StableAdamW([nn.Parameter(torch.ones(2, dtype=torch.complex64))])
+
+
+def test_rms_is_kept_by_who_read_it() -> None:
+    (p,) = params = parameters(torch.float32, [(50,)])
+    optimizer = StableAdamW(params)
+    run(optimizer, params, 1)
+    first = optimizer.rms[p]
+    before = first.item()
+    p.grad = 100 * torch.ones(50)
+    optimizer.step()
+    assert first.item() == before
+    assert optimizer.rms[p] > 1.3

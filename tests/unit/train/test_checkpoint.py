@@ -4,6 +4,7 @@ import pickle
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from clipq.dist.env import DistEnv
 from clipq.model.clip import create_model
+from clipq.optim import FixedLossScaler, StableAdamW
 from clipq.train.checkpoint import CheckpointError, Checkpoints, load, newest
 from clipq.train.state import TrainState
 
@@ -172,3 +174,30 @@ def test_only_whole_checkpoints_are_found(tmp_path: Path) -> None:
     assert found is not None
     assert found.name == "step_00000010"
     assert newest(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_another_loss_scaler_begins_anew(enabled: bool, arch: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """From a fixed scale, or none, to torch's dynamic one."""
+    state, other = new_state(arch, seed=0), new_state(arch, seed=1)
+    if enabled:
+        state.scaler = FixedLossScaler(state.model.named_parameters())
+    step(state)
+    other.scaler = torch.amp.GradScaler("cpu", init_scale=128.0)
+    with caplog.at_level("WARNING"):
+        other.load_state_dict(state.state_dict(), rank=0, world_size=1)
+    assert other.scaler.get_scale() == 128
+    assert "no dynamic loss scale: it begins at 128" in caplog.text
+
+
+def test_the_settings_of_now_count_while_a_state_is_loaded(arch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By `fused` torch decides on which device the counts of steps are; StableAdamW's state says nothing of it."""
+    state, other = new_state(arch, seed=0), new_state(arch, seed=1)
+    state.optimizer = StableAdamW(state.model.parameters())
+    step(state)
+    seen: list[dict[str, Any]] = []
+    load_state = torch.optim.AdamW.load_state_dict
+    monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", lambda o, s: (seen.append(s), load_state(o, s)))
+    other.load_state_dict(state.state_dict(), rank=0, world_size=1)
+    assert [group["fused"] for group in seen[0]["param_groups"]] == [True]
+    step(other)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from clipq.config.choices import GuardPolicy
 from clipq.dist.env import distributed
+from clipq.optim import FixedLossScaler
 from clipq.train.checkpoint import newest
 from clipq.train.guard import Guard, gradient_norms
 from clipq.train.loop import train
@@ -64,7 +65,8 @@ def events(folder: str = "run") -> list[dict[str, Any]]:
 @pytest.mark.parametrize("kind", [NAN, BOMB])
 def test_skip_makes_no_update_and_goes_on(kind: str, optimizer: str, arch: Path, shards: list[str]) -> None:
     """StableAdamW on a CPU cannot leave a step out by itself, torch's fused AdamW can."""
-    run = run_of(arch, shards, f"optim={optimizer}", "guard.policy=skip", "guard.rise=3", "watch.ignore=1")
+    watching = ("watch.every=1", "watch.ignore=1")
+    run = run_of(arch, shards, f"optim={optimizer}", "guard.policy=skip", "guard.rise=3", *watching)
     spoil(run, kind, at_step(run, 4))
     conv = run.state.model.get_parameter("visual.conv1.weight")
     before: list[Tensor] = []
@@ -78,7 +80,9 @@ def test_skip_makes_no_update_and_goes_on(kind: str, optimizer: str, arch: Path,
         assert (event["reason"], event["tensor"]) == ("the loss is nan", "text_features")
     else:
         assert "above the bound of" in event["reason"]
-    assert [row["step"] for row in read_metrics(Path("run"))] == [1, 2, 3, 4, 5, 6]
+    rows = read_metrics(Path("run"))
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["rms"]["visual.conv1.weight"] is not None for row in rows] == moved, "no RMS_t of what was not done"
     assert {int(s["step"]) for s in run.state.optimizer.state.values()} == {5}
     assert all(s["exp_avg"].isfinite().all() for s in run.state.optimizer.state.values())
 
@@ -258,7 +262,18 @@ def test_a_loss_scaler_decides_on_gradients() -> None:
     overflow, fine = torch.tensor(math.inf), torch.tensor(1.0)
     assert Guard(["a"], scaling=False, **settings).judge(fine, overflow)
     assert not Guard(["a"], scaling=True, **settings).judge(fine, overflow)
-    assert Guard(["a"], scaling=True, **settings).judge(overflow, fine)
+    guard = Guard(["a"], scaling=True, **settings)
+    assert guard.judge(overflow, fine)
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([p], lr=1.0)
+    for scaler in (FixedLossScaler([("p", p)], 2.0), torch.amp.GradScaler("cpu", init_scale=2.0)):
+        for bad in (True, False):
+            before, p.grad = p.detach().clone(), torch.ones(2)
+            scaler.scale(torch.ones(()))  # torch's scaler begins with it
+            scaler.unscale_(optimizer)
+            guard.update(optimizer, scaler, torch.tensor(bad))
+            scaler.update()
+            assert torch.equal(p, before) is bad, "a loss that is not finite, with gradients that are"
 
 
 def test_gradient_norms() -> None:

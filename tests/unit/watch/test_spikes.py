@@ -115,3 +115,21 @@ def test_rows() -> None:
         "kind": "event", "event": "loss spike", "step": 7, "loss": 3.0, "mean": 2.0, "deviation": 0.1,
         "leads": {PATCH: 2},
     }  # fmt: skip
+
+
+def test_a_run_that_began_lower_is_held_against_what_it_has_become() -> None:
+    """A pretrained model whose loss rises in warm-up and stays above its start."""
+    losses = [0.5, *(loss - 1.2 for loss in calm(600))]
+    assert events_of(losses) == []
+    losses[400] = losses[402] = 5.0
+    (spike,) = events_of(losses)
+    assert isinstance(spike, LossSpike)
+    assert spike.step == 401
+    assert spike.mean == pytest.approx(0.8, abs=0.1)
+
+
+def test_losses_that_were_all_the_same_may_change() -> None:
+    detector = SpikeDetector(Rules(ignore=0))
+    for step, loss in enumerate([2.0] * 200 + [2.5, 2.6] * 500, start=1):
+        detector.update(step, loss, {})
+    assert detector.mean == pytest.approx(2.55, abs=0.05)
