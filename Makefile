@@ -6,6 +6,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Tests run on one thread each, so two at a time; make test PYTEST="-n 8" where there are more cores.
+QUICK := -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
 .PHONY: demo test test-slow test-gpu test-lowest lint format clean
 
@@ -13,9 +15,8 @@ demo: $(VENV)/.base
 	$(BIN)/clipq-train experiment=demo
 	$(BIN)/clipq-report runs/demo
 
-# Tests run on one thread each, so two at a time; make test PYTEST="-n 8" where there are more cores.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" $(PYTEST)
+	$(BIN)/python -m pytest $(QUICK) $(PYTEST)
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST)
@@ -37,7 +38,7 @@ test-lowest:
 	$(PYTHON) scripts/lowest_versions.py > .lowest.txt
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install -q -c .lowest.txt -e '.[test]'
-	.venv-lowest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" $(PYTEST)
+	.venv-lowest/bin/python -m pytest $(QUICK) $(PYTEST)
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -31,6 +31,7 @@ class FixedLossScaler:
     Attributes:
         skipped: how often each parameter was left out, by name.
         left_out: names of the parameters that the last step left out.
+        in_a_row: how many steps in a row, the last among them, left each of these out.
     """
 
     def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], scale: float = 65536.0) -> None:
@@ -42,6 +43,7 @@ class FixedLossScaler:
         self._removed: dict[nn.Parameter, Tensor] = {}
         self.skipped: Counter[str] = Counter()
         self.left_out: list[str] = []
+        self.in_a_row: dict[str, int] = {}
 
     def scale(self, loss: Tensor) -> Tensor:
         return loss * self._scale
@@ -66,6 +68,7 @@ class FixedLossScaler:
             p.grad = None
         self.left_out = [self._names.get(p, "a parameter without a name") for p in self._removed]
         self.skipped.update(self.left_out)
+        self.in_a_row = {name: self.in_a_row.get(name, 0) + 1 for name in self.left_out}
         kept = [local(p.grad) for p in params if p.grad is not None]
         if kept:
             torch._foreach_mul_(kept, 1 / self._scale)  # pyright: ignore[reportPrivateImportUsage]

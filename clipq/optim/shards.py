@@ -72,10 +72,12 @@ def reducer(params: list[Tensor]) -> Callable[[Tensor], Tensor] | None:
             if len(indices) == len(params):
                 dist.all_reduce(sums, group=mesh.get_group(dim))
                 continue
-            places = torch.tensor(indices, device=sums.device)
-            part = sums[places]
+            each = list(sums.unbind())  # indexing by a list would copy it to the GPU, and wait
+            part = torch.stack([each[i] for i in indices])
             dist.all_reduce(part, group=mesh.get_group(dim))
-            sums[places] = part
+            for i, value in zip(indices, part.unbind(), strict=True):
+                each[i] = value
+            sums = torch.stack(each)
         return sums
 
     return reduce

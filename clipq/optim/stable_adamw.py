@@ -126,8 +126,10 @@ class StableAdamW(Optimizer):
         hooked: dict[str, Any] = {}
         # the last of the hooks sees what the others made of it
         handle = self.register_load_state_dict_pre_hook(lambda _, state: hooked.update(state))
-        super().load_state_dict(state_dict)
-        handle.remove()
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
         state_dict = hooked
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         own = [p for group in self.param_groups for p in group["params"]]

@@ -14,12 +14,16 @@ from clipq.config.choices import GuardPolicy
 from clipq.dist.gather import gather_objects, raised_on_every_rank
 from clipq.log.meters import Meter
 from clipq.log.writers import Row
+from clipq.optim.loss_scale import FixedLossScaler
 from clipq.train.checkpoint import load
 from clipq.train.run import COLUMNS, Pending, Run, diverged, write
 from clipq.watch.quantization import PAIRS, quantization_errors
 from clipq.watch.spikes import row_of
 
 log = logging.getLogger(__name__)
+
+MAX_OVERFLOWS = 100
+"""Steps in a row that may leave a parameter out, under a fixed loss scale."""
 
 
 def flush(run: Run, meter: Meter, *, show: bool) -> bool:
@@ -29,7 +33,7 @@ def flush(run: Run, meter: Meter, *, show: bool) -> bool:
         Whether the run is to go back to its newest checkpoint.
 
     Raises:
-        DivergedError: a step was bad, and by its policy the guard ends the run.
+        DivergedError: a step was bad, and by its policy the guard ends the run; or a parameter overflows without end.
     """
     pending = run.pending.copy()
     run.pending.clear()
@@ -60,9 +64,28 @@ def flush(run: Run, meter: Meter, *, show: bool) -> bool:
         run.console.progress(last, steps=run.steps, seconds_per_step=seconds)
     for event in events + bad:
         log.warning("step %d: %s", event["step"], describe(event))
+    require_trained(run)
     again = bool(bad) and step_in(run, bad)
     run.guard.learn(run.state.spikes.mean)
     return again
+
+
+def require_trained(run: Run) -> None:
+    """Checks that a fixed loss scale does not leave the same parameter out of step after step.
+
+    Raises:
+        DivergedError: it does.
+    """
+    scaler = run.state.scaler
+    if not isinstance(scaler, FixedLossScaler) or not scaler.in_a_row:
+        return
+    name, steps = max(scaler.in_a_row.items(), key=lambda item: item[1])
+    if steps >= MAX_OVERFLOWS:
+        raise diverged(
+            run,
+            f"{name} is not trained: its gradient was not finite in each of the last {steps} steps, to step "
+            f"{run.state.step}; backend.loss_scale={scaler.get_scale():g} may be too large",
+        )
 
 
 def describe(event: Row) -> str:

@@ -118,7 +118,7 @@ def train_step(run: Run, batch: dict[str, Any], lr: float) -> Pending:
     watched = run.watch.after_update(bad) if watching else None
     state.scaler.update()
     if isinstance(state.scaler, FixedLossScaler) and state.scaler.left_out:
-        left_out(run, state.scaler.left_out)
+        left_out(run, state.scaler)
     with torch.no_grad():
         logit_scale: Any = state.model.logit_scale
         logit_scale.clamp_(0, math.log(run.max_logit_scale))
@@ -126,12 +126,14 @@ def train_step(run: Run, batch: dict[str, Any], lr: float) -> Pending:
     return Pending(row, torch.cat((numbers, torch.stack((norm, bad.float())))), norms, watched, batch["key"])
 
 
-def left_out(run: Run, names: list[str]) -> None:
+def left_out(run: Run, scaler: FixedLossScaler) -> None:
     """Says which parameters a step left out, since their gradients overflowed."""
     step = run.state.step + 1
-    write(run, [{"kind": "event", "step": step, "event": "gradient overflow", "parameters": names}])
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    log.warning("step %d: gradient of %s%s not finite: left out of the step", step, names[0], more)
+    write(run, [{"kind": "event", "step": step, "event": "gradient overflow", "parameters": scaler.left_out}])
+    new = [name for name in scaler.left_out if scaler.in_a_row[name] == 1]
+    if new:
+        more = f" and {len(new) - 1} more" if len(new) > 1 else ""
+        log.warning("step %d: gradient of %s%s not finite: left out of the step", step, new[0], more)
 
 
 def forward_backward(run: Run, image_BCHW: Tensor, text_BL: Tensor) -> Tensor:

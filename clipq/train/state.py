@@ -62,8 +62,6 @@ class TrainState:
         # before loading: by `fused` torch decides where the counts of steps are to lie
         groups = [old | own for old, own in zip(saved["optimizer"]["param_groups"], settings, strict=True)]
         self.optimizer.load_state_dict({**saved["optimizer"], "param_groups": groups})
-        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(own)
         dynamic = isinstance(self.scaler, torch.amp.GradScaler) and self.scaler.is_enabled()
         if dynamic and "scale" not in saved["scaler"]:
             log.warning("the checkpoint has no dynamic loss scale: it begins at %g", self.scaler.get_scale())

@@ -210,7 +210,8 @@ def pack_quantize_rows(a: Tensor, b: Tensor, c: Tensor, dtype: torch.dtype) -> t
     rows, cols = a.shape
     packed, q = a.new_empty((rows, 3 * cols)), a.new_empty((rows, 3 * cols), dtype=dtype)
     scale = a.new_empty(rows, dtype=torch.float32)
-    block = RowBlock(1, 4, 3, 3)
+    # fewer warps could not hold wide rows in registers
+    block = RowBlock(1, 4, 3, 3) if cols <= 1536 else RowBlock(1, 8, 2, 4)
     shares = a.new_empty((1, row_programs(a, block), 3 * cols), dtype=torch.float32)
     launch_rows(
         *(_pack_quantize_rows, a, block, a, b, c, packed, q, scale, shares),

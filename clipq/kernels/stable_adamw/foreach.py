@@ -52,6 +52,7 @@ def ratio_sums(tensors: Tensors) -> Tensor:
 def update(tensors: Tensors, sums: Tensor) -> Tensor:
     """As in `reference`."""
     rms = rms_of(tensors, sums)
+    each = rms.unbind()
     for hyper, indices in _batches(tensors):
         params, m, u = (
             [values[i] for i in indices] for values in (tensors.params, tensors.exp_avgs, tensors.exp_avg_sqs)
@@ -70,7 +71,8 @@ def update(tensors: Tensors, sums: Tensor) -> Tensor:
         wide = params if params[0].dtype is m[0].dtype else [p.to(m[0].dtype) for p in params]
         if hyper.weight_decay:
             torch._foreach_add_(directions, wide, alpha=hyper.weight_decay)
-        torch._foreach_mul_(directions, list(clipped_rates(hyper, rms[indices]).to(m[0].dtype).unbind()))
+        own_rms = torch.stack([each[i] for i in indices])  # rms[indices] would copy the indices to the GPU, and wait
+        torch._foreach_mul_(directions, list(clipped_rates(hyper, own_rms).to(m[0].dtype).unbind()))
         torch._foreach_sub_(wide, directions)
         if wide is not params:
             torch._foreach_copy_(params, wide)

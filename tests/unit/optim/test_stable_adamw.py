@@ -1,12 +1,8 @@
-"""StableAdamW against the paper's algorithm, torch's AdamW and optimi's; its state, groups and odd parameters."""
+"""StableAdamW against the paper's algorithm, torch's AdamW and optimi's; groups and odd parameters."""
 
 from __future__ import annotations
 
-import copy
-import io
 import math
-import pickle
-from typing import Any
 
 import numpy as np
 import optimi
@@ -15,40 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from clipq.optim.stable_adamw import StableAdamW
-
-SHAPES = [(3, 4), (), (5,), (0,), (2, 3, 4), (1, 2, 1, 3, 2)]
-PATHS = {"reference": {"foreach": False}, "foreach": {"foreach": True}}
-each_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
-SHOCK = 100
-"""Step at which gradients grow a hundredfold, so that the update is clipped."""
-
-
-def parameters(dtype: torch.dtype = torch.float64, shapes: Any = SHAPES) -> list[nn.Parameter]:
-    g = torch.Generator().manual_seed(0)
-    return [nn.Parameter(torch.randn(s, generator=g, dtype=torch.float64).to(dtype)) for s in shapes]
-
-
-def gradients(step: int, params: list[nn.Parameter]) -> list[Tensor]:
-    g = torch.Generator().manual_seed(step)
-    size = 100.0 if step >= SHOCK else 1.0
-    return [(torch.randn(p.shape, generator=g, dtype=torch.float64) * size).to(p.dtype) for p in params]
-
-
-def run(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], steps: int, first: int = 1) -> list[list[float]]:
-    """RMS of each tensor at each step, where the optimizer has it."""
-    seen = []
-    for step in range(first, first + steps):
-        for p, grad in zip(params, gradients(step, params), strict=True):
-            p.grad = grad
-        optimizer.step()
-        seen.append([optimizer.rms[p].item() for p in params] if isinstance(optimizer, StableAdamW) else [])
-    return seen
-
-
-def assert_equal(found: list[nn.Parameter], expected: list[Any], tolerance: float) -> None:
-    for a, b in zip(found, expected, strict=True):
-        b = torch.as_tensor(b).detach()
-        torch.testing.assert_close(a.detach().double(), b.double(), rtol=tolerance, atol=tolerance)
+from tests.unit.optim.stepping import SHAPES, SHOCK, assert_equal, each_path, gradients, parameters, run
 
 
 class Transcription:
@@ -218,41 +181,6 @@ def test_bf16_parameters_have_float32_moments(path) -> None:
             assert torch.equal(loaded.state[p][name], optimizer.state[p][name])
 
 
-@pytest.mark.parametrize("first", PATHS.values(), ids=PATHS)
-@pytest.mark.parametrize("second", PATHS.values(), ids=PATHS)
-def test_state_goes_from_path_to_path_and_through_a_file(first, second) -> None:
-    params, whole = parameters(torch.float32), parameters(torch.float32)
-    run(StableAdamW(whole, lr=1e-2, weight_decay=0.1, **first), whole, 130)
-    optimizer = StableAdamW(params, lr=1e-2, weight_decay=0.1, **first)
-    run(optimizer, params, 90)
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    other = StableAdamW(params, **second)
-    other.load_state_dict(torch.load(file, weights_only=True))
-    run(other, params, 40, first=91)
-    assert_equal(params, whole, 1e-6 if first != second else 0)
-
-
-def test_state_goes_to_and_from_adamw() -> None:
-    settings = {"lr": 1e-2, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.1}
-    expected, params = parameters(), parameters()
-    run(torch.optim.AdamW(expected, **settings), expected, 60)
-    first, second, third = (
-        torch.optim.AdamW(params, **settings),
-        StableAdamW(params, clip_threshold=math.inf),
-        torch.optim.AdamW(params, **settings),
-    )
-    run(first, params, 20)
-    second.load_state_dict(first.state_dict())
-    assert second.param_groups[0]["clip_threshold"] == math.inf, "AdamW has no such setting"
-    assert second.param_groups[0]["betas"] == (0.9, 0.98)
-    run(second, params, 20, first=21)
-    third.load_state_dict(second.state_dict())
-    run(third, params, 20, first=41)
-    assert_equal(params, expected, 1e-10)
-
-
 @each_path
 def test_not_finite_gradients_are_not_hidden(path) -> None:
     params = parameters(torch.float32, [(4,), (4,)])
@@ -306,20 +234,6 @@ def test_rate_as_a_tensor(path) -> None:
     assert_equal(ours, theirs, 1e-7)
 
 
-def test_copies_and_pickles() -> None:
-    params = parameters(torch.float32)
-    optimizer = StableAdamW(params, lr=1e-2)
-    run(optimizer, params, 3)
-    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
-        own = other.param_groups[0]["params"]
-        run(other, own, 2, first=4)
-        mine = [nn.Parameter(p.detach().clone()) for p in params]
-        again = StableAdamW(mine, lr=1e-2)
-        again.load_state_dict(optimizer.state_dict())
-        run(again, mine, 2, first=4)
-        assert_equal(own, mine, 0)
-
-
 def test_a_group_added_later() -> None:
     params = parameters(torch.float32, [(3,), (4,)])
     optimizer = StableAdamW(params[:1], lr=1e-2)
@@ -360,29 +274,6 @@ def test_sparse_gradients() -> None:
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match="sparse"):
         StableAdamW(embedding.parameters()).step()
-
-
-def test_hooks_of_loading_are_heard() -> None:
-    """As those that find parameters by name: here the state comes in another order."""
-    params = parameters(torch.float32, [(3,), (3,)])
-    first, second = StableAdamW(params), StableAdamW(params)
-    run(first, params, 2)
-
-    def swap(_: object, state: dict[str, Any]) -> dict[str, Any]:
-        return {**state, "state": {0: state["state"][1], 1: state["state"][0]}}
-
-    second.register_load_state_dict_pre_hook(swap)
-    second.load_state_dict(first.state_dict())
-    for i, p in enumerate(params):
-        assert torch.equal(second.state[p]["exp_avg"], first.state[params[1 - i]]["exp_avg"])
-
-
-@pytest.mark.parametrize("lacking", ["amsgrad", "maximize"])
-def test_state_of_what_it_cannot_do_is_refused(lacking: str) -> None:
-    params = parameters()
-    other = torch.optim.AdamW(params, **{lacking: True})  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match=f"{lacking}=True"):
-        StableAdamW(params).load_state_dict(other.state_dict())
 
 
 def test_complex_parameters_are_refused() -> None:

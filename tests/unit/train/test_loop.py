@@ -16,6 +16,7 @@ from clipq.eval.common import Encoder, EvalError, EvalResult
 from clipq.log.writers import scalars
 from clipq.lowp.linear import LowpLinear
 from clipq.optim.loss_scale import FixedLossScaler
+from clipq.train import events
 from clipq.train.loop import due, owed, train
 from clipq.train.run import DivergedError, Normalize, Run
 from tests.helpers import read_metrics
@@ -217,6 +218,24 @@ def test_overflow_of_a_tensor_is_an_event(arch: Path, shards: list[str]) -> None
     moved = [not torch.equal(a, b) for a, b in itertools.pairwise([*calls, spoiled.detach()])]
     assert moved == [True, True, False, True, True, True]
     assert run.state.scaler.skipped == {name: 1}
+
+
+def test_a_tensor_that_overflows_without_end_ends_the_run(
+    arch: Path, shards: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "MAX_OVERFLOWS", 4)
+    run = run_of(arch, shards, "log.every=2")
+    run.state.scaler = FixedLossScaler(run.state.model.named_parameters(), 1024.0)
+    calls: list[int] = []
+
+    def spoil(grad: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return grad if len(calls) == 1 else grad * math.inf  # steps 2 to 6; looked at after each second
+
+    run.state.model.get_parameter("visual.conv1.weight").register_hook(spoil)
+    with pytest.raises(DivergedError, match=r"visual.conv1.weight is not trained.* last 5 steps, to step 6.*=1024"):
+        train(run)
+    assert len(read_metrics(Path("run"), kind="train")) == 6
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "stable_adamw"])
