@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -16,25 +16,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clipq.build_backend import AUTOCAST, compile_blocks, convert, wants_graph
+from clipq.build_data import build_captions, build_stream, find_sources, interpolation, loader_processes, train_batches
 from clipq.build_watch import build_guard, build_watch
+from clipq.config.checks import ConfigError
 from clipq.config.choices import Optimizer, Precision, TaskKind, Wandb
-from clipq.config.groups import (
-    BackendConfig,
-    CaptionConfig,
-    ConfigError,
-    DataConfig,
-    EvalConfig,
-    ModelConfig,
-    OptimConfig,
-    ParallelConfig,
-    TaskConfig,
-)
+from clipq.config.groups import BackendConfig, EvalConfig, ModelConfig, OptimConfig, ParallelConfig, TaskConfig
 from clipq.config.hydra import configs_dir
 from clipq.config.schema import TrainJob
-from clipq.data.decode import Captions, TrainTransform
 from clipq.data.evalset import CaptionedShards, ImageFolder, LabelledShards
-from clipq.data.loader import TrainStream, default_workers, make_loader, warn_of_few_shards
-from clipq.data.shards import DataError, check_members, expand, names_digest
+from clipq.data.loader import default_workers
+from clipq.data.order import usual_lanes
+from clipq.data.shards import expand, names_digest
 from clipq.dist.env import DistEnv
 from clipq.dist.gather import raised_on_every_rank
 from clipq.eval.common import Encoder, Evaluator
@@ -44,7 +36,7 @@ from clipq.eval.zero_shot import ZeroShot
 from clipq.log.console import Console
 from clipq.log.meters import flops_per_pair
 from clipq.log.writers import JsonlWriter, TensorBoardWriter, WandbWriter, Writer
-from clipq.model.clip import ClipModel, Preprocess, create_model
+from clipq.model.clip import ClipModel, create_model
 from clipq.optim.groups import decay_groups
 from clipq.optim.loss_scale import FixedLossScaler
 from clipq.optim.stable_adamw import StableAdamW
@@ -86,14 +78,6 @@ def build_model(config: ModelConfig) -> ClipModel:
     )
 
 
-def _interpolation(preprocess: Preprocess) -> str:
-    return "bicubic" if preprocess.interpolation == "random" else preprocess.interpolation
-
-
-def build_captions(config: CaptionConfig) -> Captions:
-    return Captions(config.field, config.lines)
-
-
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW | StableAdamW:
     groups = decay_groups(model, config.weight_decay)
     betas = (config.beta1, config.beta2)
@@ -120,33 +104,6 @@ def build_schedule(job: TrainJob) -> Schedule:
     return Schedule(s.decay.value, job.optim.lr, job.steps, s.warmup, s.cooldown, s.final_lr)
 
 
-def build_stream(config: DataConfig, clip: ClipModel, env: DistEnv, *, batch_size: int, seed: int) -> TrainStream:
-    """Training batches of this rank from step 0 on; `batch_size` counts the pairs of all ranks."""
-    augment, preprocess = config.augment, clip.preprocess
-    transform = TrainTransform(
-        size=preprocess.size,
-        interpolation=_interpolation(preprocess),
-        scale=(augment.scale[0], augment.scale[1]),
-        ratio=(augment.ratio[0], augment.ratio[1]),
-        flip=augment.flip,
-        color_jitter=tuple(augment.color_jitter),
-        color_jitter_prob=augment.color_jitter_prob,
-        grayscale=augment.grayscale,
-    )
-    return TrainStream(
-        shards=expand(config.shards),
-        transform=transform,
-        captions=build_captions(config.caption),
-        tokenizer=clip.tokenizer,
-        batch_size=batch_size // env.world_size,
-        image=config.image,
-        shuffle=config.shuffle,
-        seed=seed,
-        rank=env.rank,
-        world_size=env.world_size,
-    )
-
-
 def build_encoder(
     clip: ClipModel, backend: BackendConfig, config: EvalConfig, env: DistEnv, console: Console
 ) -> Encoder:
@@ -156,7 +113,7 @@ def build_encoder(
         is_train=False,
         mean=preprocess.mean,
         std=preprocess.std,
-        interpolation=_interpolation(preprocess),
+        interpolation=interpolation(preprocess),
         resize_mode=preprocess.resize_mode,  # pyright: ignore[reportArgumentType]
         fill_color=preprocess.fill_color,
     )
@@ -246,8 +203,9 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
     """
     torch.manual_seed(job.seed)
     with reported_as_config_error():
-        shards, captions = expand(job.data.shards), build_captions(job.data.caption)
-        check_members(shards, (job.data.image, captions.member), captions.all)
+        sources = find_sources(job.data)
+        for source in sources:
+            source.check()
         evaluators = build_evaluators(job.eval)
         clip = build_model(job.model)
     if getattr(clip.model, "logit_bias", None) is not None:
@@ -268,15 +226,6 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
     state = TrainState(clip.model, optimizer, build_scaler(clip.model, job.backend, env), spikes=spikes)
     torch.manual_seed(job.seed + env.rank)  # dropout differs between ranks, initial weights do not
 
-    stream = build_stream(job.data, clip, env, batch_size=job.batch_size, seed=job.seed)
-    workers = default_workers(env.local_world_size) if job.data.workers is None else job.data.workers
-    warn_of_few_shards(len(shards), ranks=env.world_size, workers=workers)
-    loader_info = {
-        "workers": workers,
-        "world_size": env.world_size,
-        "shards": len(shards),
-        "shard_names": names_digest(shards),
-    }
     recorded = wants_graph(job, clip, env)
     watch = build_watch(clip.model, optimizer, job.watch, env, recorded=recorded)
     checkpoints = Checkpoints(
@@ -289,8 +238,13 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
         config=yaml,
         architecture=clip.openclip_json(),
     )
+    shards = [source.shards for source in sources]
+    order = {"shards": sum(map(len, shards)), "shard_names": names_digest(shards)}
     with reported_as_config_error():
-        resume(checkpoints, state, env, loader_info)
+        lanes = resume(checkpoints, state, env, order, job.data.lanes)
+    lanes = lanes or usual_lanes(max(map(len, shards)), env.world_size)
+    stream = build_stream(job.data, sources, lanes, clip, env, batch_size=job.batch_size, seed=job.seed)
+    workers = loader_processes(job.data, lanes, env)
     model = parallelize(clip.model, job.parallel, env)
     compile_blocks(clip.model, job.backend, env)
     run = Run(
@@ -299,8 +253,8 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
         model=model,
         normalize=Normalize(clip.preprocess.mean, clip.preprocess.std, env.device),
         schedule=build_schedule(job),
-        loader=functools.partial(_batches, stream, workers, job.data.prefetch, env),
-        loader_info=loader_info,
+        loader=functools.partial(train_batches, stream, workers, job.data.prefetch, env),
+        loader_info=order | {"lanes": lanes, "world_size": env.world_size},
         encoder=build_encoder(clip, job.backend, job.eval, env, console),
         evaluators=evaluators,
         checkpoints=checkpoints,
@@ -327,41 +281,47 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
     return run
 
 
-def resume(checkpoints: Checkpoints, state: TrainState, env: DistEnv, loader: dict[str, int]) -> None:
-    """Takes the newest checkpoint into the state, if there is one, and says what will not be exact.
+def resume(
+    checkpoints: Checkpoints, state: TrainState, env: DistEnv, order: dict[str, int], lanes: int | None
+) -> int | None:
+    """Takes the newest checkpoint into the state, if there is one.
+
+    Args:
+        order: what the order of samples depends on besides settings that a run keeps: {"shards", "shard_names"}.
+        lanes: it depends on these too; None where none were asked for.
+
+    Returns:
+        Lanes of the run; None where they were not asked for and there is no checkpoint.
 
     Raises:
-        ConfigError: the run was begun on other shards.
+        ConfigError: the run was begun with another order of samples, in which its place is lost.
     """
     path = newest(checkpoints.folder)
     if path is None:
-        return
-    saved_loader = load(path, state, env)
-    if any(saved_loader.get(key, loader[key]) != loader[key] for key in ("shards", "shard_names")):
+        return lanes
+    saved = load(path, state, env)
+    anew = f"or choose another name=, with model.pretrained={path} to start from its weights"
+    if any(saved[key] != order[key] for key in ("shards", "shard_names")):
         raise ConfigError(
-            f"data.shards: {path} was trained on {saved_loader['shards']} shards, and the {loader['shards']} of now "
-            "have other names or another order, so that its place in them is lost: put them back (in any folder), or "
-            f"choose another name=, with model.pretrained={path} to start from its weights"
+            f"data.shards: {path} was trained on {saved['shards']} shards, and the {order['shards']} of now have other "
+            f"names or another order, so that its place in them is lost: put them back (in any folder), {anew}"
+        )
+    if lanes not in (None, saved["lanes"]):
+        raise ConfigError(
+            f"data.lanes={lanes}: {path} was trained with data.lanes={saved['lanes']}, on which the order of samples "
+            f"depends: leave it at that, {anew}"
+        )
+    if saved["lanes"] % env.world_size:
+        some = [n for n in range(1, saved["lanes"] + 1) if saved["lanes"] % n == 0]
+        raise ConfigError(
+            f"{path} was trained with {saved['lanes']} lanes of data, which {env.world_size} processes cannot share "
+            f"evenly: start {', '.join(map(str, some))}, {anew}"
         )
     log.info("resumed from %s at step %d", path, state.step)
-    for key in ("workers", "world_size"):
-        now = loader[key]
-        if saved_loader[key] != now:
-            log.warning(
-                "%s was %d and is %d now: from here on the order of samples, and the random numbers of dropout, differ "
-                "from those of an uninterrupted run",
-                key,
-                saved_loader[key],
-                now,
-            )
-
-
-def _batches(stream: TrainStream, workers: int, prefetch: int, env: DistEnv, step: int) -> Generator[dict[str, Any]]:
-    loader = make_loader(
-        stream.starting_at(step), workers=workers, prefetch=prefetch, pin_memory=env.device.type == "cuda"
-    )
-    try:
-        yield from loader
-    except DataError as error:
-        # DataLoader puts the traceback of its worker process into the message.
-        raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
+    if saved["world_size"] != env.world_size:
+        log.warning(
+            "%d processes, and there were %d: samples go on in the same order, but the random numbers of dropout "
+            "differ from those of an uninterrupted run",
+            *(env.world_size, saved["world_size"]),
+        )
+    return saved["lanes"]

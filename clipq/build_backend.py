@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from clipq.config.checks import ConfigError
 from clipq.config.choices import Fp8, Precision, Recipe, Switch
-from clipq.config.groups import BackendConfig, ConfigError
+from clipq.config.groups import BackendConfig
 from clipq.config.schema import TrainJob
 from clipq.dist.env import DistEnv
 from clipq.lowp import convert_linears, get_recipe

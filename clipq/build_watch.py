@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from clipq.config.checks import ConfigError
 from clipq.config.choices import Precision
-from clipq.config.groups import ConfigError
 from clipq.config.schema import TrainJob
 from clipq.config.watch import WatchConfig
 from clipq.dist.env import DistEnv

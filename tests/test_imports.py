@@ -12,6 +12,7 @@ LAYERS = [
         "cli",
         "build",
         "build_backend",
+        "build_data",
         "build_watch",
         "train",
         "eval",

@@ -11,7 +11,8 @@ import yaml
 from omegaconf import OmegaConf
 
 from clipq.cli.train import render_synthetic, synthetic
-from clipq.config.groups import ConfigError, ModelConfig
+from clipq.config.checks import ConfigError
+from clipq.config.groups import ModelConfig
 from clipq.config.hydra import run
 from clipq.config.schema import EvalJob, check_backend
 

@@ -6,8 +6,8 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clipq.config.checks import ConfigError
 from clipq.config.choices import Resume, Wandb
-from clipq.config.groups import ConfigError
 from clipq.config.hydra import run
 from clipq.config.schema import TrainJob, check
 

@@ -10,24 +10,9 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from clipq.config.checks import require, strings
 from clipq.config.choices import Decay, Fp8, Optimizer, Precision, Recipe, Strategy, Switch, TaskKind, Wandb
-
-
-class ConfigError(ValueError):
-    """A setting is wrong; the message says which, what was expected and how to mend it."""
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def _strings(name: str, value: Any) -> None:
-    """Accepts one string or a non-empty list of strings: Hydra has no such union type."""
-    ok = isinstance(value, str) or (
-        isinstance(value, list) and len(value) > 0 and all(isinstance(v, str) for v in value)
-    )
-    require(ok, f"{name}={value!r}: expected a path, a pattern or a list of them")
+from clipq.config.data import CaptionConfig
 
 
 @dataclass
@@ -60,82 +45,6 @@ class ModelConfig:
             self.image_size is None or self.image_size > 0,
             f"model.image_size={self.image_size}: expected a positive number of pixels",
         )
-
-
-@dataclass
-class CaptionConfig:
-    field: str = "txt"
-    """Where captions are: `txt`, or `json.NAME` for the field NAME of the `json` member (a string or a list)."""
-    lines: bool = False
-    """A `txt` member holds one caption a line; one is chosen at random each time the sample is seen."""
-
-    def __post_init__(self) -> None:
-        require(
-            self.field == "txt" or (self.field.startswith("json.") and len(self.field) > 5),
-            f"data.caption.field={self.field!r}: expected 'txt' or 'json.NAME', as in 'json.captions'",
-        )
-
-
-@dataclass
-class AugmentConfig:
-    scale: list[float] = field(default_factory=lambda: [0.9, 1.0])
-    """Area of the random crop as a share of the image, [smallest, largest] (OpenCLIP's default)."""
-    ratio: list[float] = field(default_factory=lambda: [0.75, 4 / 3])
-    """Aspect ratio of the random crop, [smallest, largest]."""
-    flip: float = 0.0
-    """Probability of a horizontal flip. Leave at 0 where captions speak of left and right."""
-    color_jitter: list[float] = field(default_factory=list)
-    """Strengths [brightness, contrast, saturation, hue]; empty for none."""
-    color_jitter_prob: float = 0.8
-    """Probability that a sample's colours are jittered, where `color_jitter` is set."""
-    grayscale: float = 0.0
-    """Probability that a sample loses its colours."""
-
-    def __post_init__(self) -> None:
-        for name in ("scale", "ratio"):
-            pair = getattr(self, name)
-            require(
-                len(pair) == 2 and 0 < pair[0] <= pair[1] < math.inf,
-                f"data.augment.{name}={pair}: expected [smallest, largest], both positive and finite",
-            )
-        require(self.scale[1] <= 1, f"data.augment.scale={self.scale}: a crop is at most the whole image, 1.0")
-        require(
-            len(self.color_jitter) in (0, 4),
-            f"data.augment.color_jitter={self.color_jitter}: expected none or 4 numbers, "
-            "[brightness, contrast, saturation, hue]",
-        )
-        for name in ("flip", "color_jitter_prob", "grayscale"):
-            p = getattr(self, name)
-            require(0 <= p <= 1, f"data.augment.{name}={p}: expected a probability in [0, 1]")
-
-
-@dataclass
-class DataConfig:
-    name: str = MISSING
-    """Short name of the data set; part of the default run name."""
-    root: str | None = None
-    """Folder of the data set, for `shards` and evaluation to refer to. The built-in set needs none."""
-    shards: Any = MISSING
-    """Training shards (.tar, .tar.gz): a path, a `{00000..00099}` range, a glob, or a list of them."""
-    image: str = "jpg;jpeg;png;webp"
-    """Member extensions that hold the image, first match wins, separated by semicolons."""
-    caption: CaptionConfig = field(default_factory=CaptionConfig)
-    """Where captions are and how one is chosen."""
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    """Training augmentation."""
-    workers: int | None = None
-    """Loader processes for each rank; None takes the CPU cores of this rank less one, between 1 and 14. 0 loads in the
-    training process."""
-    prefetch: int = 4
-    """Batches that each loader process keeps ready."""
-    shuffle: int = 4096
-    """Samples (encoded) that each loader process shuffles at a time; 1 keeps the order of the shard."""
-
-    def __post_init__(self) -> None:
-        _strings("data.shards", self.shards)
-        require(self.workers is None or self.workers >= 0, f"data.workers={self.workers}: expected 0 or more")
-        require(self.prefetch >= 1, f"data.prefetch={self.prefetch}: expected 1 or more")
-        require(self.shuffle >= 1, f"data.shuffle={self.shuffle}: expected 1 or more")
 
 
 @dataclass
@@ -347,7 +256,7 @@ def _check_task(where: str, task: TaskConfig) -> None:
         f"{where}: set exactly one of shards= and folder=",
     )
     if task.shards is not None:
-        _strings(f"{where}.shards", task.shards)
+        strings(f"{where}.shards", task.shards)
     if task.kind is TaskKind.zero_shot:
         require(
             task.classnames is not None,

@@ -22,7 +22,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from clipq.config.groups import ConfigError
+from clipq.config.checks import ConfigError
 from clipq.config.schema import EvalJob, TrainJob
 
 Job = TypeVar("Job", TrainJob, EvalJob)
@@ -73,7 +73,7 @@ def run(kind: type[Job], config_name: str, function: Callable[[Job, str], None],
     A mistake in the configuration ends the process with exit code 2 and one message, printed by rank 0 only.
     """
     register({f"clipq.{name}": f for name, f in resolvers.items()})
-    sys.argv[1:] = [_quote_braces(a) for a in sys.argv[1:]]
+    sys.argv[1:] = [_add_entries(_quote_braces(a), kind) for a in sys.argv[1:]]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing its own half of the story
 
     jobs: list[tuple[Job, str]] = []
@@ -118,6 +118,13 @@ def _quote_braces(argument: str) -> str:
     if value.startswith("[") and value.endswith("]"):
         return f"{key}=[{_ELEMENT.sub(lambda element: _quote_range(element[0]), value[1:-1])}]"
     return f"{key}={_quote_range(value)}" if equals else argument
+
+
+def _add_entries(argument: str, kind: type) -> str:
+    """Lets `data.sources={a: {…}}` add entries, which Hydra does only with `++`."""
+    key, _, value = argument.partition("=")
+    adds = value.startswith("{") and typing.get_origin(_type_at(kind, key)) is dict
+    return f"++{argument}" if adds else argument
 
 
 _ELEMENT = re.compile(r"""(?=[^\s,])(?:'[^']*'|"[^"]*"|\{[^}]*\}|[^,])+""")

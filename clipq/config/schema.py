@@ -11,18 +11,18 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from clipq.config.checks import require
 from clipq.config.choices import Device, Precision, Recipe, Resume, Strategy, Switch
+from clipq.config.data import DataConfig
 from clipq.config.groups import (
     BackendConfig,
     CheckpointConfig,
-    DataConfig,
     EvalConfig,
     LogConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
     ScheduleConfig,
-    require,
 )
 from clipq.config.watch import GuardConfig, WatchConfig
 
@@ -138,6 +138,12 @@ def check(job: TrainJob, *, world_size: int, capability: tuple[int, int] | None)
     require(
         job.parallel.strategy is not Strategy.none or world_size == 1,
         f"parallel=none with {world_size} processes: choose parallel=ddp, or start one process",
+    )
+    lanes = job.data.lanes
+    require(
+        lanes is None or lanes % world_size == 0,
+        f"data.lanes={lanes} cannot be shared evenly by {world_size} processes: "
+        f"the nearest that can: {max(1, round((lanes or 1) / world_size)) * world_size}",
     )
     check_backend(job.backend, device=job.device, capability=capability)
     require(

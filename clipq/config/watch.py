@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from clipq.config.checks import require
 from clipq.config.choices import GuardPolicy
-from clipq.config.groups import require
 
 
 @dataclass

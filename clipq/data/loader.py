@@ -1,8 +1,7 @@
 """Batches: what the training loop and the evaluators draw from.
 
-The order of a training run is a function of (seed, shards, ranks, workers, step): a loader that starts at step s
-yields the very batches that an uninterrupted one yields from step s on. It gets there by reading, not decoding, the
-samples before.
+The batches of a training run are a function of (seed, shards, lanes, batch size, step). Loader processes each read some
+of the lanes, and hand over their part of every batch.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import itertools
 import logging
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,84 +21,201 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from clipq.data.decode import Captions, TrainTransform
-from clipq.data.shards import DataError, Sample, member, shuffled_samples
+from clipq.data.order import Lane, Mix, Order, Place, Visit
+from clipq.data.shards import DataError, Sample, member, read_part
 
 log = logging.getLogger(__name__)
 
 Tokenizer = Callable[[list[str]], Tensor]
+Pair = tuple[Tensor, Tensor, str]
+"""Image, tokens and key."""
+SPARES = 16
+"""Samples tried in place of one that cannot be read."""
+
+
+@dataclass(frozen=True)
+class StreamPlace:
+    """Where a rank is in the data."""
+
+    drawn: int
+    """Samples drawn by all ranks."""
+    lanes: Tensor
+    """[lanes of the rank, sources, 4] int64: the `Place` of each."""
+
+    @classmethod
+    def of_all(cls, ranks: list[StreamPlace]) -> StreamPlace:
+        """Of all lanes in their order, from the places of all ranks."""
+        first = ranks[0].lanes
+        lanes = first.new_empty(sum(len(r.lanes) for r in ranks), *first.shape[1:])
+        for rank, place in enumerate(ranks):
+            lanes[rank :: len(ranks)] = place.lanes
+        return cls(ranks[0].drawn, lanes)
+
+    def of_rank(self, rank: int, world_size: int) -> StreamPlace:
+        """Of the lanes that fall to a rank; the inverse of `of_all`."""
+        return StreamPlace(self.drawn, self.lanes[rank::world_size].clone())
+
+
+@dataclass(frozen=True)
+class Source:
+    """Shards of one kind, and how they are read."""
+
+    shards: list[str]
+    order: Order
+    captions: Captions
+    image: str = "jpg;jpeg;png;webp"
+    weight: float = 1.0
+    """Its share of the samples, relative to the weights of the other sources."""
+
+    def read(self, visit: Visit, first: int) -> Iterator[tuple[int, Sample]]:
+        return read_part(
+            self.shards[visit.shard],
+            (self.image, self.captions.member),
+            part=visit.part,
+            parts=self.order.parts,
+            first=first,
+            tell=visit.round == 0 and visit.part == 0,
+        )
 
 
 @dataclass(frozen=True)
 class TrainStream(IterableDataset):
-    """Endless training batches of one rank: {"image": [B, 3, H, W] uint8, "text": [B, context] int32, "key": [B]}.
+    """The endless parts of one rank's batches that a loader process makes, from a place on; `batches` joins them.
 
-    A key is the shard that a sample is from and its key in there, `train/00007.tar/000123`.
+    A part is {"image": [n, 3, H, W] uint8, "text": [n, context] int32, "key": [n], "at": [n] where in the batch,
+    "lanes": [lanes of the process][sources] their places after it}.
     """
 
-    shards: list[str]
+    sources: list[Source]
     transform: TrainTransform
-    captions: Captions
     tokenizer: Tokenizer
     batch_size: int
     """Pairs in a batch of this rank."""
-    image: str = "jpg;jpeg;png;webp"
-    shuffle: int = 4096
+    lanes: int
+    """Of all ranks."""
     seed: int = 0
     rank: int = 0
     world_size: int = 1
-    start: int = 0
-    """Batches of this rank that were delivered before."""
+    place: StreamPlace | None = None
+    """Where to begin; None for the start."""
+
+    def __post_init__(self) -> None:
+        if self.lanes % self.world_size:
+            raise ValueError(f"{self.lanes} lanes cannot be shared by {self.world_size} ranks")
+        if self.place is None:
+            places = torch.zeros(self.lanes // self.world_size, len(self.sources), len(Place()), dtype=torch.int64)
+            object.__setattr__(self, "place", StreamPlace(0, places))
+
+    def starting_at(self, place: StreamPlace) -> TrainStream:
+        """The same stream from a place on."""
+        return dataclasses.replace(self, place=place)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
         workers, worker = (info.num_workers, info.id) if info else (1, 0)
-        # DataLoader deals batches out in turn, beginning with worker 0. The batch at position p belongs to lane
-        # p mod workers wherever the loader starts.
-        lane_of_rank = (self.start + worker) % workers
-        batch = self.start // workers + (lane_of_rank < self.start % workers)
-        lane = self.rank * workers + lane_of_rank
-        samples = shuffled_samples(
-            self.shards,
-            (self.image, self.captions.member),
-            seed=self.seed,
-            lane=lane,
-            lanes=self.world_size * workers,
-            buffer=self.shuffle,
-        )
-        samples = itertools.islice(samples, batch * self.batch_size, None)
+        assert self.place is not None
+        count = len(self.place.lanes)
+        lanes = {own: self._lane(own, self.place) for own in range(worker, count, workers)}
+        # sample g of all ranks is of lane g mod L, and rank r has those with g mod ranks = r
+        first = -(-(self.place.drawn - self.rank) // self.world_size)
         encode = functools.lru_cache(maxsize=1 << 16)(self._encode)
         while True:
-            raw = list(itertools.islice(samples, self.batch_size))
-            yield self._batch(raw, random.Random(f"{self.seed} {lane} {batch}"), encode)
-            batch += 1
+            at = [n for n in range(self.batch_size) if (first + n) % count in lanes]
+            pairs = [self._pair(lanes[(first + n) % count], encode) for n in at]
+            places = [[tuple(lane.place) for lane in mix.lanes] for mix in lanes.values()]
+            yield {**self._stack(pairs), "at": at, "lanes": places}
+            first += self.batch_size
 
-    def starting_at(self, batch: int) -> TrainStream:
-        """The same stream from a batch of this rank on."""
-        return dataclasses.replace(self, start=batch)
+    def _lane(self, own: int, start: StreamPlace) -> Mix:
+        """A lane of this rank, by its number here."""
+        lane = own * self.world_size + self.rank
+        of_sources = [
+            Lane(source.order, lane, Place(*place), source.read)
+            for source, place in zip(self.sources, start.lanes[own].tolist(), strict=True)
+        ]
+        numbers = itertools.count(start.drawn + (lane - start.drawn) % self.lanes, self.lanes)
+        return Mix(of_sources, [source.weight for source in self.sources], seed=self.seed, numbers=numbers)
 
     def _encode(self, caption: str) -> Tensor:
         return self.tokenizer([caption])[0].to(torch.int32)
 
-    def _batch(self, raw: list[Sample], rng: random.Random, encode: Callable[[str], Tensor]) -> dict[str, Any]:
-        pairs: list[tuple[Tensor, Tensor, str] | None] = []
-        for sample in raw:
+    def _pair(self, mix: Mix, encode: Callable[[str], Tensor]) -> Pair:
+        """The next pair of a lane. In place of one that cannot be read comes another: all others keep their places.
+
+        Raises:
+            DataError: it cannot be read, and nor can those tried in its place; or the data is used up.
+        """
+        lane, item = mix.draw()
+        source = self.sources[lane.order.source]
+        for n in range(SPARES):
+            sample = item.sample
+            # what is random about a sample is its own: neither order nor processes change it
+            own = f"{self.seed} {lane.order.source} {item.visit.round} {item.visit.shard} {item.index}"
+            rng = random.Random(own)
             try:
-                data = member(sample, self.image)
-                assert data is not None  # shuffled_samples lets no other sample through
-                image, text = self.transform(data, rng), encode(self.captions.one(sample, rng))
-                pairs.append((image, text, f"{sample['__url__']}/{sample['__key__']}"))
+                data = member(sample, source.image)
+                assert data is not None  # read_part lets no other sample through
+                image, text = self.transform(data, rng), encode(source.captions.one(sample, rng))
+                return image, text, f"{sample['__url__']}/{sample['__key__']}"
             except ValueError as error:
                 log.warning("sample %s of %s left out: %s", sample["__key__"], sample["__url__"], error)
-                pairs.append(None)
-        good = [pair for pair in pairs if pair is not None]
-        if not good:
-            raise DataError(
-                f"none of the {len(raw)} samples of a batch could be read; "
-                f"the last was {raw[-1]['__key__']} of {raw[-1]['__url__']} (see the warnings before)"
-            )
-        # A sample that cannot be read is replaced by another of its batch: all others keep their places.
-        images, texts, keys = zip(*(pair or rng.choice(good) for pair in pairs), strict=True)
+            spare = lane.spare(random.Random(f"{own} {n}"))
+            if spare is None:
+                break
+            item = spare
+        raise DataError(
+            f"sample {item.sample['__key__']} of {item.sample['__url__']} cannot be read, and nor can those tried in "
+            "its place (see the warnings before)"
+        )
+
+    def _stack(self, pairs: Sequence[Pair]) -> dict[str, Any]:
+        if not pairs:  # more processes than pairs in a batch
+            return {"image": None, "text": None, "key": []}
+        images, texts, keys = zip(*pairs, strict=True)
         return {"image": torch.stack(images), "text": torch.stack(texts), "key": list(keys)}
+
+
+def batches(
+    stream: TrainStream, *, workers: int, prefetch: int = 2, pin_memory: bool = False
+) -> Generator[dict[str, Any]]:
+    """Endless batches of a rank, {"image": [B, 3, H, W] uint8, "text": [B, context] int32, "key": [B], "place": where
+    the rank is after it}.
+
+    A key is the shard that a sample is from and its key in there, `train/00007.tar/000123`.
+
+    Args:
+        workers: loader processes, no more than lanes of the rank; 0 loads in this process.
+        prefetch: batches that are kept ready.
+        pin_memory: put batches where they can be copied to a GPU asynchronously.
+    """
+    place = stream.place
+    assert place is not None
+    loader = iter(make_loader(stream, workers=workers, prefetch=prefetch))
+    while True:
+        parts = [next(loader) for _ in range(max(1, workers))]
+        lanes = torch.empty_like(place.lanes)
+        for worker, part in enumerate(parts):
+            lanes[worker :: len(parts)] = torch.tensor(part["lanes"])
+        place = StreamPlace(place.drawn + stream.batch_size * stream.world_size, lanes)
+        keys: dict[int, str] = {n: key for part in parts for n, key in zip(part["at"], part["key"], strict=True)}
+        yield {
+            "image": _join(parts, "image", stream.batch_size, pin_memory),
+            "text": _join(parts, "text", stream.batch_size, pin_memory),
+            "key": [keys[n] for n in range(stream.batch_size)],
+            "place": place,
+        }
+
+
+def _join(parts: list[dict[str, Any]], name: str, size: int, pin_memory: bool) -> Tensor:
+    """A batch's tensor from those of its parts."""
+    filled = [part for part in parts if part["at"]]
+    if len(filled) == 1 and not pin_memory:
+        return filled[0][name]
+    like = filled[0][name]
+    whole = torch.empty((size, *like.shape[1:]), dtype=like.dtype, pin_memory=pin_memory)
+    for part in filled:
+        whole[part["at"]] = part[name]
+    return whole
 
 
 def default_workers(local_world_size: int) -> int:
@@ -108,25 +224,10 @@ def default_workers(local_world_size: int) -> int:
     return min(14, max(1, cores // local_world_size - 1))
 
 
-def warn_of_few_shards(shards: int, *, ranks: int, workers: int) -> None:
-    """Says so where shards are fewer than lanes: several lanes then read the same shard at a time."""
-    lanes = ranks * max(1, workers)
-    if shards >= lanes:
-        return
-    log.warning(
-        "%d shards for %d loader processes (%d ranks with %d each): several read the same shard at a time, so that "
-        "pairs come again within a few steps%s. Pack the data into %d shards or more%s",
-        *(shards, lanes, ranks, max(1, workers)),
-        " and within a batch, each a wrong negative of the other" if ranks > 1 else "",
-        lanes,
-        f", or set data.workers={shards // ranks}" if shards >= ranks else "",
-    )
-
-
 def make_loader(
     dataset: IterableDataset, *, workers: int, prefetch: int = 2, pin_memory: bool = False
 ) -> DataLoader[Any]:
-    """A DataLoader over a dataset that yields whole batches.
+    """A DataLoader over a dataset that yields whole batches, or parts of them.
 
     Args:
         workers: loader processes; 0 loads in this process.
@@ -136,6 +237,7 @@ def make_loader(
     return DataLoader(
         dataset,
         batch_size=None,
+        collate_fn=_as_it_is,
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
         pin_memory=pin_memory,
@@ -145,6 +247,11 @@ def make_loader(
         # resumed run would have other masks than an uninterrupted one.
         generator=torch.Generator(),
     )
+
+
+def _as_it_is(batch: Any) -> Any:
+    """torch's own function would go through every list."""
+    return batch
 
 
 def _one_thread(worker: int) -> None:

@@ -1,9 +1,4 @@
-"""Shards: names, what is in them, and the order in which the lanes of a run read them.
-
-A *lane* is one loader process of one rank. The order of a run is a function of (seed, shards, lanes): passes over the
-permuted shards follow one another in one endless list, of which lane l takes the entries l, l + L, l + 2L, … So no
-shard is dropped or repeated within a pass, for any number of shards and lanes.
-"""
+"""Shards: names, and what is in them."""
 
 from __future__ import annotations
 
@@ -11,7 +6,6 @@ import glob
 import hashlib
 import itertools
 import logging
-import random
 import re
 import tarfile
 from collections import Counter
@@ -20,7 +14,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import braceexpand
-import numpy as np
 from webdataset.gopen import gopen
 from webdataset.tariterators import group_by_keys
 
@@ -62,10 +55,10 @@ def expand(patterns: str | list[str]) -> list[str]:
     return names
 
 
-def names_digest(shards: list[str]) -> int:
-    """Tells lists of shards apart by their base names and order, on which the order of samples depends. Folders don't
-    count: data may move."""
-    names = "\n".join(s.rsplit("/", 1)[-1] for s in shards)
+def names_digest(sources: list[list[str]]) -> int:
+    """Tells the shards of sources apart by their base names and order, on which the order of samples depends. Folders
+    don't count: data may move."""
+    names = "\n\n".join("\n".join(s.rsplit("/", 1)[-1] for s in shards) for shards in sources)
     return int.from_bytes(hashlib.blake2b(names.encode(), digest_size=6).digest())
 
 
@@ -142,64 +135,35 @@ def _members(shard: str, stream: Any, on_damage: Callable[[str], None]) -> Itera
             raise tarfile.ReadError(f"there is an end mark at byte {archive.offset}, but the archive goes on after it")
 
 
-def visits(shards: list[str], *, seed: int, lane: int, lanes: int) -> Iterator[str]:
-    """The endless list of shards that a lane reads."""
-    position = lane
-    while True:
-        this_pass, index = divmod(position, len(shards))
-        order = np.random.default_rng([seed, this_pass]).permutation(len(shards))
-        yield shards[order[index]]
-        position += lanes
-
-
-def shuffled_samples(
-    shards: list[str], wanted: tuple[str, ...], *, seed: int, lane: int, lanes: int, buffer: int
-) -> Iterator[Sample]:
-    """Endless samples of a lane, shuffled within a buffer that each new sample enters at a random place.
+def read_part(
+    shard: str, wanted: tuple[str, ...], *, part: int = 0, parts: int = 1, first: int = 0, tell: bool = False
+) -> Iterator[tuple[int, Sample]]:
+    """(index in the shard, sample) of a shard's samples that have what is wanted, in the order of the file.
 
     Args:
         wanted: alternatives of member extensions, each separated by semicolons; a sample counts that has one of each.
-        buffer: samples held; 1 keeps the order of the shards.
-
-    A shard of which nothing can be read is passed over. How many samples of a shard lack something is logged, in the
-    first pass, of which each shard falls to one lane.
+        part: of these samples those whose index mod `parts` is this.
+        first: and is no less than this.
+        tell: log how many samples lack something.
 
     Raises:
-        DataError: no sample of a shard has what is wanted, or a whole pass of shards is unreadable. Either would
-            otherwise look like a hang.
+        DataError: no sample of the shard has what is wanted.
     """
-    rng = random.Random(f"{seed} {lane} {lanes}")
-    held: list[Sample] = []
-    unreadable = 0
-    for number, shard in enumerate(visits(shards, seed=seed, lane=lane, lanes=lanes)):
-        seen: set[str] = set()
-        found, left_out = 0, Counter[str]()
-        for sample in read_shard(shard):
-            missing = [w for w in wanted if member(sample, w) is None]
-            if missing:
-                left_out[" and ".join(missing)] += 1
-                seen.update(k for k in sample if not k.startswith("__"))
-                continue
-            found += 1
-            if len(held) < buffer - 1:
-                held.append(sample)
-            elif held:
-                i = rng.randrange(buffer)
-                if i < len(held):
-                    held[i], sample = sample, held[i]
-                yield sample
-            else:
-                yield sample
-        if seen and not found:
-            raise _not_wanted(shard, wanted, seen)
-        if left_out and lane + number * lanes < len(shards):
-            _warn_of_left_out(shard, left_out, found)
-        unreadable = 0 if found else unreadable + 1
-        if unreadable == len(shards):
-            raise DataError(
-                f"no sample could be read from {unreadable} shards in a row, the last of them {shard} "
-                "(see the warnings before)"
-            )
+    seen: set[str] = set()
+    found, left_out = 0, Counter[str]()
+    for index, sample in enumerate(read_shard(shard)):
+        missing = [w for w in wanted if member(sample, w) is None]
+        if missing:
+            left_out[" and ".join(missing)] += 1
+            seen.update(k for k in sample if not k.startswith("__"))
+            continue
+        found += 1
+        if index >= first and index % parts == part:
+            yield index, sample
+    if seen and not found:
+        raise _not_wanted(shard, wanted, seen)
+    if left_out and tell:
+        _warn_of_left_out(shard, left_out, found)
 
 
 def _warn_of_left_out(shard: str, left_out: Counter[str], found: int) -> None:
@@ -213,7 +177,7 @@ def check_members(shards: list[str], wanted: tuple[str, ...], captions: Callable
     training.
 
     Args:
-        wanted: as in `shuffled_samples`.
+        wanted: as in `read_part`.
         captions: gives the captions of a sample, or raises a ValueError that says why there are none.
 
     Raises:

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 import clipq
-from clipq.config.groups import ConfigError
+from clipq.config.checks import ConfigError
 
 # What a run cannot change on the way: the weights would not fit, or "step" and "sample" would mean something else.
 # Shards are told apart by their names when the checkpoint is read (build.py): their folder may change.
@@ -40,6 +40,7 @@ FREE = (
     "name",
     "data.root",
     "data.prefetch",
+    "data.workers",
     "model.pretrained",
 )
 

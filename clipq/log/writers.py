@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from clipq.config.groups import require
+from clipq.config.checks import require
 
 Row = dict[str, Any]
 """One metrics row: `kind` is train, eval, resume or event; always a `step`."""

@@ -90,8 +90,7 @@ class Checkpoints:
         """Writes a checkpoint of the state. Collective: every rank must call it; rank 0 writes.
 
         Args:
-            loader: {"workers", "world_size", "shards", "shard_names"}: what the order of samples depends on besides
-                the configuration.
+            loader: what the order of samples depends on, and the number of ranks.
 
         Raises:
             CheckpointError: the checkpoint could not be written; those before it are untouched.

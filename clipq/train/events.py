@@ -148,10 +148,10 @@ def rewind(run: Run) -> None:
     """Takes the newest checkpoint, with the place in the data as it is now. Collective."""
     state, path = run.state, newest(run)
     assert path is not None
-    step, batches = state.step, state.batches
+    step, place = state.step, state.place
     with raised_on_every_rank(ValueError):
         load(path, state, run.env)
-    state.batches = batches
+    state.place = place
     write(run, [{"kind": "event", "step": step, "event": "rewind", "to": state.step}])
     log.warning("went back from step %d to %s; the batches since are left out", step, path)
 

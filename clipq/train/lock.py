@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from clipq.config.groups import ConfigError
+from clipq.config.checks import ConfigError
 from clipq.dist.env import DistEnv
 from clipq.dist.gather import raised_on_every_rank
 

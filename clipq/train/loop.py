@@ -49,7 +49,7 @@ def train(run: Run) -> None:
         flops_per_image=run.flops_per_image,
         world_size=run.env.world_size,
     )
-    batches = run.loader(state.batches)
+    batches = run.loader(state.place)
     late = owed(run)
     if late:
         with meter.paused():
@@ -60,7 +60,7 @@ def train(run: Run) -> None:
             with meter.waiting():
                 batch = next(batches)
             step = state.step + 1
-            state.batches += 1
+            state.place = batch["place"]
             run.pending.append(train_step(run, batch, run.schedule(step)))
             state.step, state.samples, state.seconds = step, state.samples + run.batch_size, meter.seconds()
             meter.count(run.batch_size)
@@ -74,7 +74,7 @@ def train(run: Run) -> None:
                 with meter.paused():
                     batches.close()
                     rewind(run)
-                    batches = run.loader(state.batches)
+                    batches = run.loader(state.place)
                 continue
             if run.quantization_every and step % run.quantization_every == 0:
                 with meter.paused():

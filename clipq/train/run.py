@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clipq.data.loader import StreamPlace
 from clipq.dist.env import DistEnv
 from clipq.eval.common import Encoder, Evaluator
 from clipq.log.console import Console
@@ -62,9 +63,8 @@ class Run:
     """What is called: the state's model, or DDP around it."""
     normalize: Normalize
     schedule: Schedule
-    loader: Callable[[int], Generator[dict[str, Any]]]
-    """Number of batches delivered before -> endless batches of this rank: {"image": [B, 3, H, W] uint8, "text": [B, L],
-    "key": [B] names of samples}."""
+    loader: Callable[[StreamPlace | None], Generator[dict[str, Any]]]
+    """Where to begin -> endless batches of this rank, as of `clipq.data.loader.batches`."""
     loader_info: dict[str, int]
     encoder: Encoder
     evaluators: Sequence[Evaluator]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from clipq.data.loader import StreamPlace
 from clipq.dist.gather import gather_objects
 from clipq.optim.loss_scale import FixedLossScaler
 from clipq.watch.spikes import SpikeDetector
@@ -26,8 +27,8 @@ class TrainState:
     scaler: torch.amp.GradScaler | FixedLossScaler
     step: int = 0
     """Optimizer steps done."""
-    batches: int = 0
-    """Batches of each rank taken from the data: more than steps where the guard went back."""
+    place: StreamPlace | None = None
+    """Where this rank is in the data: further than its steps say where the guard went back. None before the first."""
     samples: int = 0
     """Pairs seen over all ranks."""
     seconds: float = 0.0
@@ -41,7 +42,7 @@ class TrainState:
             rng["cuda"] = torch.cuda.get_rng_state()
         return {
             "step": self.step,
-            "batches": self.batches,
+            "data": self._place(),
             "samples": self.samples,
             "seconds": self.seconds,
             "optimizer": self.optimizer.state_dict(),
@@ -50,12 +51,19 @@ class TrainState:
             "rng": gather_objects(rng),
         }
 
+    def _place(self) -> dict[str, Any] | None:
+        places = gather_objects(self.place)
+        whole = StreamPlace.of_all(places) if self.place is not None else None
+        return None if whole is None else {"drawn": whole.drawn, "lanes": whole.lanes}
+
     def load_state_dict(self, saved: dict[str, Any], *, rank: int, world_size: int) -> None:
         """Takes over what `state_dict` gave; generators only if the number of ranks is the same.
 
         The optimizer's settings stay those of now: who resumes with another beta2 means it.
         """
-        self.step, self.batches, self.samples = saved["step"], saved["batches"], saved["samples"]
+        self.step, self.samples = saved["step"], saved["samples"]
+        if saved["data"] is not None:
+            self.place = StreamPlace(**saved["data"]).of_rank(rank, world_size)
         self.seconds = saved["seconds"]
         self.spikes.load_state_dict(saved["spikes"])
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from clipq.build import reported_as_config_error
-from clipq.config.groups import ConfigError
+from clipq.config.checks import ConfigError
 from clipq.dist.env import distributed
 from clipq.dist.gather import all_gather_with_grad, gather_objects, gather_rows, raised_on_every_rank
 from clipq.loss.contrastive import contrastive_loss

@@ -38,6 +38,16 @@ MISTAKES = {
     "missing shard": (["data.shards=no/{00..03}.tar"], ["no shard matches 'no/00.tar'", "no/{00..03}.tar"]),
     "empty glob": (["data.shards=no/*.tar"], ["no shard matches 'no/*.tar'"]),
     "folder for shards": (["data.shards=data"], ["data is a folder", "data/*.tar"]),
+    "shards and sources": (
+        ["data.sources={a: {shards: data/00000.tar}}", "data.shards=data/*.tar"],
+        ["data.shards and data.sources", "exactly one"],
+    ),
+    "a source without weight": (
+        ["data=mix", "data.sources={a: {shards: data/00000.tar, weight: 0}}"],
+        ["data.sources.a.weight=0", "positive"],
+    ),
+    "a source that is not there": (["data=mix", "data.sources={a: {shards: no.tar}}"], ["no shard matches 'no.tar'"]),
+    "no lanes": (["data.lanes=0"], ["data.lanes=0", "1 or more"]),
     "shard twice": (["data.shards=[data/00000.tar,data/00000.tar]"], ["data/00000.tar is named twice"]),
     "shard that is none": (["data.shards=tiny.json"], ["data.shards: no sample could be read from tiny.json"]),
     "missing caption field": (["data.caption.field=json.nothing"], ["json field 'nothing'", "has: captions, n"]),

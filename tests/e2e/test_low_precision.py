@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from clipq.build_backend import convert, image_tokens
+from clipq.config.checks import ConfigError
 from clipq.config.choices import Recipe
-from clipq.config.groups import BackendConfig, ConfigError
+from clipq.config.groups import BackendConfig
 from clipq.lowp import RECIPES
 from clipq.lowp.speed import Speed, SpeedTable
 from clipq.model.clip import create_model

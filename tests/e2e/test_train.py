@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -169,17 +170,36 @@ def test_resume_knows_its_shards_by_name(whole_run: Path, world: Path) -> None:
     assert "step_00000030 was trained on 5 shards, and the 6 of now have other names" in done.stderr
 
 
-def test_two_processes_make_one_run(whole_run: Path, world: Path) -> None:
-    """Two processes make one run: one folder, one voice, a log file each. (test_train_step.py compares the numbers.)"""
-    done = command_on_two_ranks("train", *overrides(world, "name=two", "steps=10", "data.workers=1"), cwd=world)
+def test_two_processes_make_the_run_of_one(whole_run: Path, world: Path) -> None:
+    """Two processes make one run: one folder, one voice, a log file each, and the batches that one process has. The run
+    then goes on with one process and other loaders from where two were."""
+    done = command_on_two_ranks("train", *overrides(world, "name=two", "data.workers=1"), cwd=world)
     assert done.returncode == 0, done.stderr
     folder = world / "runs" / "two"
-    assert [r["step"] for r in read_metrics(folder)] == list(range(1, 11))
-    assert done.stdout.count("step 10/10") == 1, "only rank 0 talks"
+    assert [r["step"] for r in read_metrics(folder)] == list(range(1, 31))
+    assert done.stdout.count("step 10/30") == 1, "only rank 0 talks"
     assert "Traceback" not in done.stderr
     assert sorted(p.name for p in (folder / "logs").iterdir()) == ["rank_0.log", "rank_1.log"]
     (evaluation,) = read_metrics(folder, "eval")
     assert evaluation["metrics"]["images"] == 200
+    expected = [row["loss"] for row in read_metrics(whole_run)]
+    assert [row["loss"] for row in read_metrics(folder)] == pytest.approx(expected, rel=1e-3)
+
+    shutil.rmtree(folder / "checkpoints" / "step_00000030")
+    done = command("train", *overrides(world, "name=two", "data.workers=3"), cwd=world)
+    assert "1 processes, and there were 2: samples go on in the same order" in done.stdout
+    assert [row["loss"] for row in read_metrics(folder)] == pytest.approx(expected, rel=1e-3)
+
+
+def test_resume_refuses_another_order_of_samples(whole_run: Path, world: Path) -> None:
+    for setting, says in {
+        "seed=3": "seed: 0 -> 3",
+        "data.shuffle=32": "data.shuffle: 64 -> 32",
+        "data.lanes=5": "data.lanes=5: .*step_00000030 was trained with data.lanes=4",
+    }.items():
+        done = command("train", *overrides(world, "name=whole", "steps=40", setting), cwd=world, check=False)
+        assert done.returncode == 2
+        assert re.search(says, done.stderr), done.stderr
 
 
 def test_multirun_trains_each_job_in_a_folder_of_its_own(world: Path) -> None:

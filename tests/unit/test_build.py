@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
-from clipq.build import build_captions, build_model, build_optimizer, build_schedule, build_stream
+from clipq.build import build_model, build_optimizer, build_schedule
 from clipq.build_backend import convert
+from clipq.build_data import SourceFiles, build_captions, build_stream, find_sources
+from clipq.config.checks import ConfigError
 from clipq.config.choices import Decay, Fp8, Optimizer, Recipe
-from clipq.config.groups import (
-    AugmentConfig,
-    BackendConfig,
-    CaptionConfig,
-    DataConfig,
-    LogConfig,
-    ModelConfig,
-    OptimConfig,
-    ScheduleConfig,
-)
+from clipq.config.data import AugmentConfig, CaptionConfig, DataConfig, SourceConfig
+from clipq.config.groups import BackendConfig, LogConfig, ModelConfig, OptimConfig, ScheduleConfig
 from clipq.config.schema import TrainJob
 from clipq.data.decode import Captions, TrainTransform
+from clipq.data.loader import Source
+from clipq.data.order import Order
 from clipq.dist.env import DistEnv
 from clipq.lowp import LowpLinear
 from clipq.model.clip import create_model
@@ -111,8 +108,9 @@ def test_stream(shards: list[str], arch: Path) -> None:
         augment=augment,
         shuffle=17,
     )
-    stream = build_stream(config, clip, SECOND_OF_THREE, batch_size=12, seed=5)
-    assert stream.shards == shards[1:]
+    stream = build_stream(config, find_sources(config), 6, clip, SECOND_OF_THREE, batch_size=12, seed=5)
+    order = Order(len(shards) - 1, 6, 5, 17)
+    assert stream.sources == [Source(shards[1:], order, Captions("json.captions"), "png;gif")]
     assert stream.transform == TrainTransform(
         size=(24, 24),
         interpolation="bicubic",
@@ -123,11 +121,28 @@ def test_stream(shards: list[str], arch: Path) -> None:
         color_jitter_prob=0.7,
         grayscale=0.15,
     )
-    assert stream.captions == Captions("json.captions")
     assert stream.tokenizer is clip.tokenizer
     assert stream.batch_size == 4, "the share of one of three ranks"
-    assert (stream.image, stream.shuffle, stream.seed) == ("png;gif", 17, 5)
-    assert (stream.rank, stream.world_size, stream.start) == (1, 3, 0)
+    assert (stream.rank, stream.world_size, stream.lanes, stream.seed) == (1, 3, 6, 5)
+
+
+def test_sources(shards: list[str]) -> None:
+    config = DataConfig(
+        name="x",
+        shards=None,
+        image="png",
+        sources={
+            "a": SourceConfig(shards=shards[:2], weight=3.0, passes=2),
+            "b": SourceConfig(shards=shards[2], image="gif", caption=CaptionConfig(field="json.captions")),
+        },
+    )
+    assert find_sources(config) == [
+        SourceFiles("a", shards[:2], Captions("txt"), "png", 3.0, 2),
+        SourceFiles("b", shards[2:3], Captions("json.captions"), "gif"),
+    ]
+    for wrong in ({"shards": shards}, {"sources": {}}):
+        with pytest.raises(ConfigError, match="exactly one of them"):
+            dataclasses.replace(config, **wrong)
 
 
 def test_model(arch: Path) -> None:

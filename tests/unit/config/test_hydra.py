@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from clipq.config.data import SourceConfig
 from clipq.config.groups import OptimConfig
 from clipq.config.hydra import _quote_braces, field_docs, run
 from clipq.config.schema import TrainJob
@@ -42,6 +43,20 @@ def test_job_as_the_program_sees_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(job.optim, OptimConfig)
     assert job.name == "ViT-L-14-webdataset"
     assert "beta2: 0.95" in yaml
+
+
+def test_entries_are_added_without_plus_signs(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = 'data.sources={a: {shards: "d/{0..3}.tar", weight: 3}, b: {shards: [x.tar, y.tar]}}'
+    tasks = "eval.tasks={c: {kind: retrieval, shards: z.tar}}"
+    monkeypatch.setattr(sys, "argv", ["clipq-train", "data=mix", sources, tasks])
+    seen = []
+    run(TrainJob, "train", lambda job, yaml: seen.append(job))
+    (job,) = seen
+    assert job.data.sources == {
+        "a": SourceConfig(shards="d/{0..3}.tar", weight=3.0),
+        "b": SourceConfig(shards=["x.tar", "y.tar"]),
+    }
+    assert list(job.eval.tasks) == ["c"]
 
 
 def test_field_docs_are_the_strings_beneath() -> None:

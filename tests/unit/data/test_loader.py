@@ -8,6 +8,7 @@ import logging
 import random
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +18,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from clipq.data.decode import Captions, TrainTransform
-from clipq.data.loader import TrainStream, default_workers, make_loader, warn_of_few_shards
-from clipq.data.shards import visits
-from tests.helpers import colour_samples, colour_shards, encode, picture, write_shard
+from clipq.data.loader import Source, StreamPlace, TrainStream, batches, default_workers
+from clipq.data.order import Order, usual_lanes
+from tests.helpers import COLOURS, colour_samples, colour_shards, encode, picture, write_shard
 
 
 def tokenizer(texts: list[str]) -> Tensor:
@@ -27,13 +28,31 @@ def tokenizer(texts: list[str]) -> Tensor:
     return torch.tensor([[int(t.split()[-1]), *t.encode()[:3]] for t in texts])
 
 
-def stream(shards: list[str], **options: object) -> TrainStream:
-    settings = {"batch_size": 6, "shuffle": 8, "transform": TrainTransform((8, 8), flip=0.5, scale=(0.5, 1.0))}
-    return TrainStream(shards, captions=Captions("txt"), tokenizer=tokenizer, **(settings | options))  # pyright: ignore
+TEXT = Captions("txt")
 
 
-def batches(s: TrainStream, count: int, workers: int = 0) -> list[dict[str, Tensor]]:
-    return list(itertools.islice(make_loader(s, workers=workers), count))
+def stream(
+    shards: list[str],
+    *,
+    lanes: int | None = None,
+    seed: int = 0,
+    shuffle: int = 8,
+    captions: Captions = TEXT,
+    image: str = "png",
+    **options: object,
+) -> TrainStream:
+    lanes = lanes or usual_lanes(len(shards), options.get("world_size", 1))  # pyright: ignore
+    source = Source(shards, Order(len(shards), lanes, seed, shuffle), captions, image)
+    return mixed([source], lanes=lanes, seed=seed, **options)
+
+
+def mixed(sources: list[Source], **options: object) -> TrainStream:
+    settings = {"batch_size": 6, "transform": TrainTransform((8, 8), flip=0.5, scale=(0.5, 1.0))} | options
+    return TrainStream(sources, tokenizer=tokenizer, **settings)  # pyright: ignore
+
+
+def taken(s: TrainStream, count: int, workers: int = 0) -> list[dict[str, Any]]:
+    return list(itertools.islice(batches(s, workers=workers), count))
 
 
 def numbers(found: list[dict[str, Tensor]]) -> list[int]:
@@ -47,7 +66,7 @@ def same(a: list[dict[str, Tensor]], b: list[dict[str, Tensor]]) -> bool:
 
 
 def test_batch(shards: list[str]) -> None:
-    (batch,) = batches(stream(shards), 1)
+    (batch,) = taken(stream(shards), 1)
     assert batch["image"].shape == (6, 3, 8, 8)
     assert batch["image"].dtype == torch.uint8
     assert batch["image"].is_contiguous()
@@ -60,40 +79,153 @@ def test_batch(shards: list[str]) -> None:
         assert np.abs(colours - mean).sum(1).argmin() == int(text[0]) % 4
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_resumed_loader_yields_what_an_uninterrupted_one_does(shards: list[str], workers: int) -> None:
+@pytest.mark.parametrize("workers", [0, 1, 2, 4])
+def test_batches_are_the_same_for_any_number_of_processes(shards: list[str], workers: int) -> None:
+    whole = taken(stream(shards), 12)
+    assert same(taken(stream(shards), 12, workers), whole)
+    assert not same(whole[:4], taken(stream(shards, seed=1), 4))
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (1, 3), (4, 1), (2, 2)])
+def test_resumed_loader_yields_what_an_uninterrupted_one_does(shards: list[str], before: int, after: int) -> None:
+    """In the first pass, at its end and in the next: 73 pairs are a pass."""
     s = stream(shards)
-    whole = batches(s, 16, workers)
-    for start in (1, 2, 3, 5, 10):
-        assert same(batches(s.starting_at(start), 16 - start, workers), whole[start:]), start
-    assert not same(whole[:4], batches(stream(shards, seed=1), 4, workers))
+    whole = taken(s, 30, before)
+    for start in (1, 5, 12, 19):
+        assert same(taken(s.starting_at(whole[start - 1]["place"]), 30 - start, after), whole[start:]), start
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.integers(0, 40), st.integers(1, 7), st.integers(1, 12), st.integers(0, 2), st.integers(0, 99))
+@given(st.integers(1, 40), st.integers(1, 7), st.integers(1, 12), st.integers(0, 2), st.integers(0, 99))
 def test_resumed_loader_property(shards: list[str], start: int, size: int, buffer: int, rank: int, seed: int) -> None:
     s = stream(shards, batch_size=size, shuffle=buffer, rank=rank, world_size=3, seed=seed)
-    assert same(batches(s.starting_at(start), 2), batches(s, start + 2)[start:])
+    whole = taken(s, start + 2)
+    assert same(taken(s.starting_at(whole[start - 1]["place"]), 2), whole[start:])
+
+
+def of_ranks(shards: list[str], ranks: int, place: StreamPlace | None, *, batch: int, count: int) -> tuple[Any, ...]:
+    """The keys of the next batches over all ranks, and where they are after them."""
+    keys, places = [Counter() for _ in range(count)], []
+    for rank in range(ranks):
+        s = stream(shards, lanes=12, rank=rank, world_size=ranks, batch_size=batch // ranks)
+        found = taken(s if place is None else s.starting_at(place.of_rank(rank, ranks)), count)
+        places.append(found[-1]["place"])
+        for total, b in zip(keys, found, strict=True):
+            total.update(b["key"])
+    return keys, StreamPlace.of_all(places)
+
+
+def test_ranks_share_the_batches_that_one_process_has(shards: list[str]) -> None:
+    """At any time the ranks may be more or fewer: the order is that of one process, so a pass holds each key once."""
+    whole, end = of_ranks(shards, 1, None, batch=24, count=8)
+    found, place = of_ranks(shards, 2, None, batch=24, count=3)
+    for ranks, count in ((3, 1), (1, 2), (4, 1), (2, 1)):
+        more, place = of_ranks(shards, ranks, place, batch=24, count=count)
+        found += more
+    assert found == whole
+    assert place.drawn == end.drawn == 8 * 24
+    assert torch.equal(place.lanes, end.lanes)
+    # and batches of another size go on where those before ended, although 6 + 18 is no multiple of 24
+    first, place = of_ranks(shards, 3, None, batch=6, count=1)
+    second, place = of_ranks(shards, 2, place, batch=18, count=1)
+    third, _ = of_ranks(shards, 4, place, batch=24, count=1)
+    assert [first[0] + second[0], third[0]] == whole[:2]
 
 
 def test_a_pass_holds_every_sample_once(tmp_path: Path) -> None:
     shards = colour_shards(tmp_path, [12, 12, 12, 12])
     for workers in (0, 2):
-        found = numbers(batches(stream(shards, shuffle=1, batch_size=12), 8, workers))
+        found = numbers(taken(stream(shards, shuffle=1, batch_size=12), 8, workers))
         assert Counter(found[:48]) == Counter(range(48))
         assert Counter(found[48:]) == Counter(range(48))
 
 
-def test_ranks_share_no_visit(shards: list[str]) -> None:
-    """Put together, two ranks read the shards of a pass once."""
-    sizes = dict(zip(shards, [20, 11, 17, 5, 20], strict=True))
-    firsts = dict(zip(shards, np.cumsum([0, 20, 11, 17, 5]).tolist(), strict=True))
-    for rank in (0, 1):
-        found = numbers(batches(stream(shards, rank=rank, world_size=2, batch_size=1, shuffle=1), 60))
-        order = visits(shards, seed=0, lane=rank, lanes=2)
-        expected = [firsts[v] + n for v in itertools.islice(order, 20) for n in range(sizes[v])]
-        assert found == expected[:60]
+def test_what_is_random_about_a_sample_is_its_own(shards: list[str]) -> None:
+    """Another shuffling, other lanes: each sample is cropped and flipped as before, and anew in the next pass."""
+    crops = TrainTransform((8, 8), flip=0.5, scale=(0.2, 1.0))
+    first, second = (
+        [
+            pair
+            for b in taken(stream(shards, transform=crops, **order), 40)
+            for pair in zip(b["key"], b["image"], strict=True)
+        ]
+        for order in ({"lanes": 1, "shuffle": 1}, {"lanes": 5, "shuffle": 20})
+    )
+    found: dict[str, set[bytes]] = {}
+    for key, image in second:
+        found.setdefault(key, set()).add(image.numpy().tobytes())
+    a_pass, the_next = dict(first[:73]), dict(first[73:146])
+    assert len(a_pass) == 73
+    for key, image in a_pass.items():
+        assert image.numpy().tobytes() in found[key]
+        assert not torch.equal(image, the_next[key])
+
+
+@pytest.fixture
+def two_sources(shards: list[str]) -> list[Source]:
+    """The first has twice the second's weight and two passes: 2 of 48 samples, while 25 are the others' pass."""
+    first = Source(shards[:3], Order(3, 4, 0, 8, source=0, passes=2), TEXT, "png", weight=2.0)
+    second = Source(shards[3:], Order(2, 4, 0, 8, source=1), Captions("json.captions"), "png", weight=1.0)
+    return [first, second]
+
+
+def test_sources_are_mixed_by_weight(two_sources: list[Source]) -> None:
+    s = mixed(two_sources, lanes=4, batch_size=12)
+    found = taken(s, 30)
+    of_first = [n < 48 for n in numbers(found)]
+    assert all(7 <= sum(of_first[at : at + 12]) <= 9 for at in range(60)), "evenly, from the first batch on"
+    assert Counter(n for n in numbers(found) if n < 48) == dict.fromkeys(range(48), 2), "its two passes, no more"
+    assert sum(of_first) == 96
+    assert not any(of_first[-60:]), "the other goes on alone"
+    others = Counter(n for n in numbers(found) if n >= 48)
+    assert set(others) == set(range(48, 73))
+    assert max(others.values()) - min(others.values()) <= 4, "without replacement: lanes may be some passes apart"
+
+
+@pytest.mark.parametrize("start", [1, 7, 12, 20])
+def test_a_mixture_goes_on_from_its_place(two_sources: list[Source], start: int) -> None:
+    """Before the first source is used up, and after."""
+    s = mixed(two_sources, lanes=4, batch_size=10)
+    whole = taken(s, 26)
+    for workers in (0, 3):
+        assert same(taken(s.starting_at(whole[start - 1]["place"]), 26 - start, workers), whole[start:])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_data_that_is_used_up_is_told(shards: list[str], workers: int) -> None:
+    source = Source(shards, Order(5, 4, 0, 8, passes=1), TEXT, "png")
+    with pytest.raises(ValueError, match="the data is used up: every source has had all its passes"):
+        taken(mixed([source], lanes=4), 20, workers)
+
+
+@pytest.mark.parametrize("workers", [3, 4])
+def test_more_processes_than_pairs(shards: list[str], workers: int) -> None:
+    s = stream(shards, batch_size=2)
+    assert same(taken(s, 9, workers), taken(s, 9))
+
+
+def test_lanes_that_ranks_cannot_share(shards: list[str]) -> None:
+    with pytest.raises(ValueError, match="4 lanes cannot be shared by 3 ranks"):
+        stream(shards, lanes=4, world_size=3)
+
+
+def test_unreadable_shard_is_passed_over(shards: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    """One shard of thousands is empty, or was away for a moment: no reason to lose the run."""
+    write_shard(Path(shards[3]), [])
+    Path(shards[1]).write_bytes(b"")
+    Path(shards[2]).unlink()
+    found = numbers(taken(stream(shards, batch_size=1), 150))
+    assert set(found) == {*range(20), *range(53, 73)}
+    for name in shards[1:4]:
+        assert name in caplog.text
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nothing_readable_ends_the_run(shards: list[str], workers: int) -> None:
+    for name in shards:
+        Path(name).unlink()
+    with pytest.raises(ValueError, match="no sample could be read from 10 shards in a row"):
+        taken(stream(shards), 1, workers)
 
 
 def test_loader_leaves_the_global_generators_alone(shards: list[str]) -> None:
@@ -101,50 +233,55 @@ def test_loader_leaves_the_global_generators_alone(shards: list[str]) -> None:
     torch.manual_seed(3)
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
     for workers in (0, 1):
-        batches(stream(shards), 2, workers)
+        taken(stream(shards), 2, workers)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert (np.random.get_state()[1] == states[2]).all()
 
 
 def test_unreadable_samples_are_replaced_in_their_places(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    good = colour_samples(12)
+    good = colour_samples(36)
     bad = [dict(s) for s in good]
     bad[1]["png"] = bytes(good[1]["png"])[:80]  # pyright: ignore
     bad[4]["txt"] = b"\xff"
     bad[5]["png"] = b""
-    options = {"shuffle": 1, "batch_size": 6, "transform": TrainTransform((16, 16), scale=(1, 1), ratio=(1, 1))}
-    expected = batches(stream([str(write_shard(tmp_path / "good.tar", good))], **options), 2)
-    found = batches(stream([str(write_shard(tmp_path / "bad.tar", bad))], **options), 2)
-    kept = [0, 2, 3]
-    for key in ("image", "text"):
-        assert torch.equal(found[0][key][kept], expected[0][key][kept])
-        assert torch.equal(found[1][key], expected[1][key])
-    for place in (1, 4, 5):  # another pair of the batch, both halves of it
-        number = int(found[0]["text"][place, 0])
-        assert number in kept
-        assert torch.equal(found[0]["image"][place], expected[0]["image"][number])
+    options = {"shuffle": 4, "batch_size": 6, "transform": TrainTransform((16, 16), scale=(1, 1), ratio=(1, 1))}
+    (expected, found) = (
+        taken(stream([str(write_shard(tmp_path / name, samples))], **options), 6)
+        for name, samples in (("good.tar", good), ("bad.tar", bad))
+    )
+    replaced = []
+    for before, after in zip(expected, found, strict=True):
+        for place, number in enumerate(before["text"][:, 0].tolist()):
+            pair = after["image"][place], int(after["text"][place, 0])
+            if number in (1, 4, 5):
+                replaced.append(number)
+                assert pair[1] not in (1, 4, 5)
+                assert after["key"][place].endswith(f"bad.tar/{pair[1]:06d}")
+                number = pair[1]  # another pair, both halves of it
+                assert abs(pair[0].float().mean((1, 2)).numpy() - list(COLOURS.values())[number % 4]).max() < 12
+            else:
+                assert pair[1] == number
+                assert torch.equal(pair[0], before["image"][place])
+    assert sorted(replaced) == [1, 4, 5]
     messages = [r.getMessage() for r in caplog.records]
-    assert len(messages) == 3
-    assert all(f"sample 00000{n} of {tmp_path}/bad.tar" in m for n, m in zip((1, 4, 5), messages, strict=True))
-    again = batches(stream([str(tmp_path / "bad.tar")], **options), 2)
+    assert {m.split(" left out")[0] for m in messages} == {f"sample 00000{n} of {tmp_path}/bad.tar" for n in (1, 4, 5)}
+    again = taken(stream([str(tmp_path / "bad.tar")], **options), 6)
     assert same(again, found)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_batch_without_a_readable_sample(tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_shards_without_a_readable_sample(tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture) -> None:
     samples = [{"png": b"no image", "txt": f"red {n}"} for n in range(8)]
     shard = write_shard(tmp_path / "0.tar", samples)
-    with pytest.raises(
-        ValueError, match=r"none of the 6 samples of a batch could be read; the last was 00000\d of .*0.tar"
-    ):
-        batches(stream([str(shard)]), 1, workers)
+    with pytest.raises(ValueError, match=r"00000\d of .*0.tar cannot be read, and nor can those tried in its place"):
+        taken(stream([str(shard)]), 1, workers)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_what_ends_a_worker_is_told(shards: list[str], workers: int) -> None:
     with pytest.raises(ValueError, match="has no sample with jpg and txt; its members are: cls, json, png, txt"):
-        batches(stream(shards, image="jpg"), 1, workers)
+        taken(stream(shards, image="jpg"), 1, workers)
 
 
 def test_one_of_several_captions(tmp_path: Path) -> None:
@@ -152,10 +289,9 @@ def test_one_of_several_captions(tmp_path: Path) -> None:
         {"png": encode(picture("red", n)), "json": json.dumps({"c": [f"{w} {n}" for w in ("aaa", "bbb")]})}
         for n in range(20)
     ]
-    s = TrainStream(
-        [str(write_shard(tmp_path / "0.tar", samples))], TrainTransform((8, 8)), Captions("json.c"), tokenizer, 20
-    )
-    drawn = [tuple(batch["text"][:, 1].tolist()) for batch in batches(s, 6)]
+    shard = str(write_shard(tmp_path / "0.tar", samples))
+    s = stream([shard], captions=Captions("json.c"), batch_size=20)
+    drawn = [tuple(batch["text"][:, 1].tolist()) for batch in taken(s, 6)]
     assert {ord("a"), ord("b")} == set(itertools.chain(*drawn))
     assert len(set(drawn)) == 6
 
@@ -165,21 +301,6 @@ def test_default_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [default_workers(n) for n in (1, 2, 4, 16, 32)] == [14, 7, 3, 1, 1]
 
 
-def test_fewer_shards_than_lanes(caplog: pytest.LogCaptureFixture) -> None:
-    warn_of_few_shards(8, ranks=2, workers=4)
-    warn_of_few_shards(1, ranks=1, workers=0)
-    assert not caplog.messages
-    warn_of_few_shards(7, ranks=2, workers=4)
-    warn_of_few_shards(3, ranks=1, workers=4)
-    warn_of_few_shards(3, ranks=4, workers=0)
-    several, one, few = caplog.messages
-    assert "7 shards for 8 loader processes (2 ranks with 4 each)" in several
-    assert "within a batch" in several
-    assert several.endswith("Pack the data into 8 shards or more, or set data.workers=3")
-    assert "within a batch" not in one
-    assert few.endswith("Pack the data into 4 shards or more")
-
-
 def test_warnings_of_workers_reach_the_log(tmp_path: Path) -> None:
     samples = colour_samples(6)
     samples[2]["png"] = b"no image"
@@ -187,7 +308,7 @@ def test_warnings_of_workers_reach_the_log(tmp_path: Path) -> None:
     handler = logging.FileHandler(tmp_path / "log")
     logging.getLogger("clipq").addHandler(handler)
     try:
-        batches(stream([str(shard)], shuffle=1), 1, workers=1)
+        taken(stream([str(shard)], shuffle=1), 1, workers=1)
     finally:
         logging.getLogger("clipq").removeHandler(handler)
         handler.close()

@@ -1,10 +1,9 @@
-"""Names of shards, what is read from whole and from damaged ones, and the order of it."""
+"""Names of shards, and what is read from whole and from damaged ones."""
 
 from __future__ import annotations
 
 import gzip
 import io
-import itertools
 import logging
 import tarfile
 from pathlib import Path
@@ -17,11 +16,11 @@ from clipq.data.shards import (
     expand,
     member,
     names_digest,
+    read_part,
     read_shard,
     share_of_lane,
-    shuffled_samples,
 )
-from tests.helpers import colour_samples, colour_shards, write_shard
+from tests.helpers import colour_samples, write_shard
 
 PLAIN = ("png", "txt")
 
@@ -257,44 +256,30 @@ def test_sparse_member_is_not_unpacked(tmp_path: Path, caplog: pytest.LogCapture
     assert "sparse" in caplog.text
 
 
-def shuffled(shards: list[str], count: int, lane: int = 0, lanes: int = 1, seed: int = 0, buffer: int = 1) -> list[str]:
-    samples = shuffled_samples(shards, PLAIN, seed=seed, lane=lane, lanes=lanes, buffer=buffer)
-    return [s["txt"].decode() for s in itertools.islice(samples, count)]
-
-
-def test_shuffle_is_of_one_seed(shards: list[str]) -> None:
-    a = shuffled(shards, 200, buffer=30)
-    assert a == shuffled(shards, 200, buffer=30)
-    others = [shuffled(shards, 200, buffer=30, seed=1), shuffled(shards, 200, buffer=30, lanes=2)]
-    assert all(a != b for b in others)
-    assert a != shuffled(shards, 200)  # of the shards alone
-
-
-def test_buffer_reaches_across_shards_and_moves_samples_far(tmp_path: Path) -> None:
-    (name,) = colour_shards(tmp_path, [200])
-    numbers = [int(t.split()[1]) for t in shuffled([name], 200, buffer=50)]
-    moved = [abs(n - i) for i, n in enumerate(numbers)]
-    assert sum(moved) / len(moved) > 15
-    assert sum(n == i for i, n in enumerate(numbers)) < 20
-
-
 def test_shard_of_other_names_ends_the_run(tmp_path: Path) -> None:
-    names = [str(write_shard(tmp_path / "0.tar", colour_samples(3)))]
-    names.append(str(write_shard(tmp_path / "1.tar", [{"png": b"1", "caption": "x"}, {"caption": "x"}])))
+    name = str(write_shard(tmp_path / "1.tar", [{"png": b"1", "caption": "x"}, {"caption": "x"}]))
     with pytest.raises(ValueError, match=r"1.tar has no sample with png and txt; its members are: caption, png"):
-        shuffled(names, 100)
+        list(read_part(name, PLAIN))
 
 
-def test_samples_left_out_are_counted_once_for_each_shard(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_samples_left_out_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     samples = colour_samples(10)
     bare = [{"png": s["png"]} for s in samples]
-    whole = str(write_shard(tmp_path / "0.tar", samples))
-    poor = str(write_shard(tmp_path / "1.tar", [samples[0], *bare[1:8], {"txt": "x"}, {"json": "{}"}]))
-    for lane in (0, 1):  # some passes; together the two lanes visit a shard once a pass
-        assert len(shuffled([whole, poor], 60, lane=lane, lanes=2)) == 60
+    poor = str(write_shard(tmp_path / "1.tar", [*bare[:7], samples[0], {"txt": "x"}, {"json": "{}"}]))
+    for tell in (False, True):
+        assert [index for index, _ in read_part(poor, PLAIN, tell=tell)] == [7]
     assert caplog.messages == [
         f"shard {poor}: 9 of its 10 samples are left out: 7 without txt, 1 without png, 1 without png and txt"
     ]
+
+
+def test_parts_of_a_shard(shards: list[str]) -> None:
+    whole = list(read_part(shards[2], PLAIN))
+    assert [index for index, _ in whole] == list(range(17))
+    parts = [list(read_part(shards[2], PLAIN, part=part, parts=3, first=4)) for part in range(3)]
+    assert [[index for index, _ in part] for part in parts] == [[6, 9, 12, 15], [4, 7, 10, 13, 16], [5, 8, 11, 14]]
+    assert all(sample == whole[index][1] for part in parts for index, sample in part)
+    assert list(read_part(shards[2], PLAIN, part=20, parts=30)) == [], "no sample, but nothing is wrong with the shard"
 
 
 def check(*shards: Path, field: str = "txt") -> None:
@@ -327,27 +312,16 @@ def test_shards_that_cannot_be_read_are_found_before_training(tmp_path: Path) ->
 
 
 def test_digest_is_of_names_and_order() -> None:
-    digest = names_digest(["a/0.tar", "a/1.tar"])
-    assert digest == names_digest(["/moved/0.tar", "s3://b/1.tar"])
-    others = [["a/1.tar", "a/0.tar"], ["a/0.tar"], ["a/0.tar", "a/1.tar", "a/2.tar"], ["a/0.tar", "a/1.tar.gz"]]
-    assert len({digest, *map(names_digest, others)}) == 5
-
-
-def test_unreadable_shard_is_passed_over(shards: list[str], caplog: pytest.LogCaptureFixture) -> None:
-    """One shard of thousands is empty, or was away for a moment: no reason to lose the run."""
-    tar_of(Path(shards[3]), [])
-    Path(shards[1]).write_bytes(b"")
-    Path(shards[2]).unlink()
-    assert set(shuffled(shards, 80)) == set(texts(shards[0]) + texts(shards[4]))
-    for name in shards[1:4]:
-        assert name in caplog.text
-
-
-def test_nothing_readable_ends_the_run(shards: list[str]) -> None:
-    for name in shards:
-        Path(name).unlink()
-    with pytest.raises(ValueError, match="no sample could be read from 5 shards in a row, the last of them"):
-        shuffled(shards, 1)
+    digest = names_digest([["a/0.tar", "a/1.tar"]])
+    assert digest == names_digest([["/moved/0.tar", "s3://b/1.tar"]])
+    others = [
+        [["a/1.tar", "a/0.tar"]],
+        [["a/0.tar"]],
+        [["a/0.tar", "a/1.tar", "a/2.tar"]],
+        [["a/0.tar", "a/1.tar.gz"]],
+        [["a/0.tar"], ["a/1.tar"]],
+    ]
+    assert len({digest, *map(names_digest, others)}) == 6
 
 
 def test_member_takes_the_first_extension() -> None:

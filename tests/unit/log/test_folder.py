@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from clipq.config.groups import ConfigError
+from clipq.config.checks import ConfigError
 from clipq.log.folder import changes
 
 OLD = "steps: 10\nbatch_size: 16\noptim:\n  lr: 0.1\n  name: adamw\nseed: 1\nlog:\n  every: 5\ndata:\n  shards: a.tar\n"

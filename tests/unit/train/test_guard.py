@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from clipq.config.choices import GuardPolicy
+from clipq.data.loader import StreamPlace
 from clipq.dist.env import distributed
 from clipq.optim import FixedLossScaler
 from clipq.train.checkpoint import newest
@@ -124,12 +125,16 @@ def test_stop_keeps_what_was_good(kind: str, arch: Path, shards: list[str]) -> N
     assert len(Path("run/bad_batches/step_00000003.txt").read_text().split()) == 8
 
 
+def batches_at(run: Run, place: StreamPlace | None) -> int:
+    return place.drawn // run.batch_size if place else 0
+
+
 def poisoned(run: Run, positions: set[int]) -> None:
     """Makes the images of the batches at these positions of the stream all white."""
     inner = run.loader
 
-    def loader(start: int) -> Generator[dict[str, Any]]:
-        for position, batch in enumerate(inner(start), start=start):
+    def loader(place: StreamPlace | None) -> Generator[dict[str, Any]]:
+        for position, batch in enumerate(inner(place), start=batches_at(run, place)):
             yield batch | {"image": torch.full_like(batch["image"], 255)} if position in positions else batch
 
     run.loader = loader
@@ -138,8 +143,8 @@ def poisoned(run: Run, positions: set[int]) -> None:
 def without(run: Run, positions: set[int]) -> None:
     inner = run.loader
 
-    def loader(start: int) -> Generator[dict[str, Any]]:
-        for position, batch in enumerate(inner(start), start=start):
+    def loader(place: StreamPlace | None) -> Generator[dict[str, Any]]:
+        for position, batch in enumerate(inner(place), start=batches_at(run, place)):
             if position not in positions:
                 yield batch
 
@@ -157,7 +162,7 @@ def test_rewind_goes_on_as_if_the_batches_had_not_been(arch: Path, shards: list[
     poisoned(run, {4})
     spoil(run, NAN, all_white)
     train(run)
-    assert (run.state.step, run.state.batches) == (6, 8)
+    assert (run.state.step, batches_at(run, run.state.place)) == (6, 8)
     assert [(e["event"], e["step"], e.get("to")) for e in events()] == [("bad step", 5, None), ("rewind", 6, 4)]
     other = run_of(arch, shards, *settings, folder="other")
     without(other, {4, 5})
@@ -166,7 +171,7 @@ def test_rewind_goes_on_as_if_the_batches_had_not_been(arch: Path, shards: list[
         assert torch.equal(a, b), name
     # and the place in the data is kept by the checkpoint
     run, other = (run_of(arch, shards, *settings, "steps=8", folder=folder) for folder in ("run", "other2"))
-    assert (run.state.step, run.state.batches) == (6, 8)
+    assert (run.state.step, batches_at(run, run.state.place)) == (6, 8)
     without(other, {4, 5})
     train(run)
     train(other)
@@ -189,7 +194,7 @@ def test_the_guard_has_a_limit(policy: str, arch: Path, shards: list[str]) -> No
     with pytest.raises(DivergedError, match=r"as often as guard\.limit=3 allows"):
         train(run)
     assert [e["event"] for e in events()].count("bad step") == 3
-    assert run.state.batches == 5
+    assert batches_at(run, run.state.place) == 5
 
 
 def test_the_bad_sample_is_among_the_keys(arch: Path, tmp_path: Path) -> None:
@@ -233,7 +238,8 @@ def rank_of_two(folder: str, policy: str, kind: str) -> None:
         except DivergedError as error:
             stopped = str(error)
         state = {n: p.detach() for n, p in run.state.model.named_parameters()}
-        torch.save({"stopped": stopped, "batches": run.state.batches, "weights": state}, f"{folder}/{env.rank}.pt")
+        batches = batches_at(run, run.state.place)
+        torch.save({"stopped": stopped, "batches": batches, "weights": state}, f"{folder}/{env.rank}.pt")
 
 
 @pytest.mark.parametrize("kind", [NAN, BOMB])

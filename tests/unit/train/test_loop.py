@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipq.config.groups import ConfigError
+from clipq.config.checks import ConfigError
 from clipq.dist.env import distributed
 from clipq.eval.common import Encoder, EvalError, EvalResult
 from clipq.log.writers import scalars

@@ -1,0 +1,120 @@
+"""Settings of the training data, each documented where it is declared."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from clipq.config.checks import require, strings
+
+
+@dataclass
+class CaptionConfig:
+    field: str = "txt"
+    """Where captions are: `txt`, or `json.NAME` for the field NAME of the `json` member (a string or a list)."""
+    lines: bool = False
+    """A `txt` member holds one caption a line; one is chosen at random each time the sample is seen."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.field == "txt" or (self.field.startswith("json.") and len(self.field) > 5),
+            f"data.caption.field={self.field!r}: expected 'txt' or 'json.NAME', as in 'json.captions'",
+        )
+
+
+@dataclass
+class AugmentConfig:
+    scale: list[float] = field(default_factory=lambda: [0.9, 1.0])
+    """Area of the random crop as a share of the image, [smallest, largest] (OpenCLIP's default)."""
+    ratio: list[float] = field(default_factory=lambda: [0.75, 4 / 3])
+    """Aspect ratio of the random crop, [smallest, largest]."""
+    flip: float = 0.0
+    """Probability of a horizontal flip. Leave at 0 where captions speak of left and right."""
+    color_jitter: list[float] = field(default_factory=list)
+    """Strengths [brightness, contrast, saturation, hue]; empty for none."""
+    color_jitter_prob: float = 0.8
+    """Probability that a sample's colours are jittered, where `color_jitter` is set."""
+    grayscale: float = 0.0
+    """Probability that a sample loses its colours."""
+
+    def __post_init__(self) -> None:
+        for name in ("scale", "ratio"):
+            pair = getattr(self, name)
+            require(
+                len(pair) == 2 and 0 < pair[0] <= pair[1] < math.inf,
+                f"data.augment.{name}={pair}: expected [smallest, largest], both positive and finite",
+            )
+        require(self.scale[1] <= 1, f"data.augment.scale={self.scale}: a crop is at most the whole image, 1.0")
+        require(
+            len(self.color_jitter) in (0, 4),
+            f"data.augment.color_jitter={self.color_jitter}: expected none or 4 numbers, "
+            "[brightness, contrast, saturation, hue]",
+        )
+        for name in ("flip", "color_jitter_prob", "grayscale"):
+            p = getattr(self, name)
+            require(0 <= p <= 1, f"data.augment.{name}={p}: expected a probability in [0, 1]")
+
+
+@dataclass
+class SourceConfig:
+    shards: Any = MISSING
+    """As `data.shards`."""
+    weight: float = 1.0
+    """Its share of the samples, relative to the other sources' weights."""
+    passes: int | None = None
+    """Passes over it at most, after which the others go on alone; None for no end."""
+    image: str | None = None
+    """As `data.image`, which it is where None."""
+    caption: CaptionConfig | None = None
+    """As `data.caption`, which it is where None."""
+
+
+def _check_source(where: str, source: SourceConfig) -> None:
+    strings(f"{where}.shards", source.shards)
+    require(0 < source.weight < math.inf, f"{where}.weight={source.weight}: expected a positive number")
+    require(source.passes is None or source.passes >= 1, f"{where}.passes={source.passes}: expected 1 or more, or null")
+
+
+@dataclass
+class DataConfig:
+    name: str = MISSING
+    """Short name of the data set; part of the default run name."""
+    root: str | None = None
+    """Folder of the data set, for `shards` and evaluation to refer to. The built-in set needs none."""
+    shards: Any = MISSING
+    """Training shards (.tar, .tar.gz): a path, a `{00000..00099}` range, a glob, or a list of them."""
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    """In place of `shards`: name -> shards that are mixed, each with a weight of its own."""
+    image: str = "jpg;jpeg;png;webp"
+    """Member extensions that hold the image, first match wins, separated by semicolons."""
+    caption: CaptionConfig = field(default_factory=CaptionConfig)
+    """Where captions are and how one is chosen."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Training augmentation."""
+    workers: int | None = None
+    """Loader processes for each rank; None takes the CPU cores of this rank less one, between 1 and 14. 0 loads in the
+    training process."""
+    prefetch: int = 4
+    """Batches that are kept ready."""
+    lanes: int | None = None
+    """Shards that are read side by side, a multiple of the number of ranks. With `seed` and `shuffle` it sets the order
+    of samples, which depends neither on ranks nor on processes. None takes as many as there are shards, at most 96."""
+    shuffle: int = 1024
+    """Samples (encoded) that each lane shuffles at a time; 1 keeps the order of the shard."""
+
+    def __post_init__(self) -> None:
+        require(
+            (self.shards is None) != (not self.sources),
+            "data.shards and data.sources: set exactly one of them; data=mix leaves data.shards empty",
+        )
+        if self.shards is not None:
+            strings("data.shards", self.shards)
+        for name, source in self.sources.items():
+            _check_source(f"data.sources.{name}", source)
+        require(self.workers is None or self.workers >= 0, f"data.workers={self.workers}: expected 0 or more")
+        require(self.prefetch >= 1, f"data.prefetch={self.prefetch}: expected 1 or more")
+        require(self.lanes is None or self.lanes >= 1, f"data.lanes={self.lanes}: expected 1 or more, or null")
+        require(self.shuffle >= 1, f"data.shuffle={self.shuffle}: expected 1 or more")

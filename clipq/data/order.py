@@ -1,0 +1,236 @@
+"""The order of training samples, as a function of (seed, shards, lanes) alone: not of processes, ranks or batch size.
+
+A *lane* reads one shard at a time. Passes over the permuted shards follow one another in an endless list of *visits*,
+of which lane l makes those numbered l, l + L, l + 2L, … So no shard is dropped or repeated within a pass, for any
+number of shards and lanes. Where lanes outnumber shards, a visit is to every m-th sample of a shard.
+
+A lane shuffles block by block: it gives out the samples of a block in random order while it reads those of the next
+into the places that come free. The lanes take turns: sample g of a run is from lane g mod L. Which rank and which
+process has a lane changes nothing of this, so a run goes on in the same order with other numbers of either.
+
+Of several sources each has an order of its own, and a lane takes its samples from one or another by their weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from clipq.data.shards import DataError, Sample
+
+USUAL_LANES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)
+"""Numbers of lanes that many numbers of ranks and of processes divide."""
+GOLDEN = (5**0.5 - 1) / 2
+FIRST_BLOCK = 16
+"""Samples in a lane's first block. Each block is twice the one before, up to the whole: the first batch comes early."""
+
+
+def usual_lanes(shards: int, ranks: int) -> int:
+    """Lanes where none are asked for: no more than shards, unless ranks ask for more."""
+    lanes = max(n for n in USUAL_LANES if n <= max(1, shards))
+    return lanes if lanes % ranks == 0 else ranks * -(-lanes // ranks)
+
+
+class Visit(NamedTuple):
+    """What a lane reads at a time."""
+
+    round: int
+    """Number of the pass over all shards."""
+    shard: int
+    part: int
+    """Of the shard's samples those with index mod parts = part."""
+
+
+class Place(NamedTuple):
+    """Where a lane is: in a block that begins at a sample of a visit."""
+
+    visit: int = 0
+    """Number of the visit, counted in this lane."""
+    index: int = 0
+    """Index of the block's first sample in its shard."""
+    block: int = 0
+    done: int = 0
+    """Samples of the block that were given out."""
+
+
+class Item(NamedTuple):
+    """A sample and where it is from."""
+
+    number: int
+    """Of the visit, counted in its lane."""
+    visit: Visit
+    index: int
+    sample: Sample
+
+
+@dataclass(frozen=True)
+class Order:
+    """How shards are dealt to lanes, and how a lane shuffles."""
+
+    shards: int
+    lanes: int
+    seed: int
+    shuffle: int
+    """Samples in a block; 1 keeps the order of the shards."""
+    source: int = 0
+    """Number of the source that the shards are of."""
+    passes: int | None = None
+    """After so many the source is used up; None for no end."""
+
+    @property
+    def parts(self) -> int:
+        """Visits that a shard is cut into."""
+        return -(-self.lanes // self.shards)
+
+    @property
+    def visits(self) -> int:
+        """Visits in a pass."""
+        return self.shards * self.parts
+
+    def visit(self, lane: int, number: int) -> Visit:
+        this_round, index = divmod(lane + number * self.lanes, self.visits)
+        shard, part = divmod(int(_permutation(self.visits, self.seed, self.source, this_round)[index]), self.parts)
+        return Visit(this_round, shard, part)
+
+    def size(self, block: int) -> int:
+        return min(self.shuffle, FIRST_BLOCK << min(block, 40))
+
+    def shuffled(self, lane: int, block: int, size: int) -> list[int]:
+        """In which order a lane gives out the samples of a block."""
+        return np.random.default_rng([self.seed, self.source, lane, block]).permutation(size).tolist()
+
+
+@functools.lru_cache(maxsize=16)
+def _permutation(size: int, seed: int, source: int, this_round: int) -> np.ndarray:
+    return np.random.default_rng([seed, source, this_round]).permutation(size)
+
+
+class UsedUpError(Exception):
+    """A source has had all its passes."""
+
+
+class Lane:
+    """The samples of a source in a lane, from a place on.
+
+    Args:
+        read: gives (index, sample) of those samples of a visit whose index is at least a given one, in order.
+    """
+
+    def __init__(
+        self, order: Order, lane: int, place: Place, read: Callable[[Visit, int], Iterator[tuple[int, Sample]]]
+    ) -> None:
+        self.order = order
+        self._lane, self._read = lane, read
+        self._items = self._all(place.visit, place.index)
+        self._block = place.block
+        self._left: list[Item | None] = []
+        """The block, without what was given out."""
+        self._turns: list[int] = []
+        self._done = place.done
+        self._next: list[Item] = []
+        self._begins = place.visit, place.index
+        self._opened = False
+
+    @property
+    def place(self) -> Place:
+        return Place(*self._begins, self._block, self._done)
+
+    def draw(self) -> Item:
+        """The next sample.
+
+        Raises:
+            UsedUpError: there are no more.
+            DataError: two passes of visits gave none. It would otherwise look like a hang.
+        """
+        if not self._opened:
+            self._open(list(itertools.islice(self._items, self.order.size(self._block))))
+            for turn in self._turns[: self._done]:
+                self._left[turn] = None
+            self._read_ahead()
+            self._opened = True
+        if self._done == len(self._left):
+            if not self._next:
+                raise UsedUpError
+            self._block += 1
+            self._done = 0
+            self._begins = self._next[0].number, self._next[0].index
+            self._open(self._next)
+            self._next = []
+        turn = self._turns[self._done]
+        item = self._left[turn]
+        assert item is not None
+        self._left[turn] = None
+        self._done += 1
+        self._read_ahead()
+        return item
+
+    def spare(self, rng: random.Random) -> Item | None:
+        """One of the samples at hand, which stays there, to stand for one that cannot be used; None without any."""
+        at_hand = [item for item in (*self._left, *self._next) if item is not None]
+        return rng.choice(at_hand) if at_hand else None
+
+    def _open(self, items: list[Item]) -> None:
+        self._left = list(items)
+        self._turns = self.order.shuffled(self._lane, self._block, len(items))
+
+    def _read_ahead(self) -> None:
+        wanted = self._done * self.order.size(self._block + 1) // max(1, len(self._left))
+        self._next += itertools.islice(self._items, wanted - len(self._next))
+
+    def _all(self, number: int, first: int) -> Iterator[Item]:
+        barren = 0
+        for n in itertools.count(number):
+            visit, found = self.order.visit(self._lane, n), False
+            if self.order.passes is not None and visit.round >= self.order.passes:
+                return
+            for index, sample in self._read(visit, first):
+                found = True
+                yield Item(n, visit, index, sample)
+            barren = 0 if found or first else barren + 1
+            first = 0
+            if (
+                barren == 2 * self.order.visits
+            ):  # the only good one of a pass may come first in one and last in the next
+                raise DataError(f"no sample could be read from {barren} shards in a row (see the warnings before)")
+
+
+class Mix:
+    """A lane of all sources: which of them is next is by weight, spread as evenly as can be.
+
+    Args:
+        lanes: of each source.
+        weights: of each source, positive; its share of the samples while all have some left.
+        seed: sets which comes first.
+        numbers: of the lane's samples from here on, counted over all lanes.
+    """
+
+    def __init__(self, lanes: list[Lane], weights: list[float], *, seed: int, numbers: Iterator[int]) -> None:
+        self.lanes = lanes
+        self._weights = list(weights)
+        self._start = random.Random(seed).random()
+        self._numbers = numbers
+
+    def draw(self) -> tuple[Lane, Item]:
+        """The next sample, and the lane that it is from.
+
+        Raises:
+            DataError: every source is used up, or one cannot be read.
+        """
+        # multiples of the golden ratio, whose fractions cover any share of [0, 1) evenly
+        at = (self._start + next(self._numbers) * GOLDEN) % 1
+        while total := sum(self._weights):
+            point = at * total
+            source = next(i for i, upto in enumerate(itertools.accumulate(self._weights)) if upto > point)
+            try:
+                item = self.lanes[source].draw()
+            except UsedUpError:
+                self._weights[source] = 0.0
+                continue
+            return self.lanes[source], item
+        raise DataError("the data is used up: every source has had all its passes")
