@@ -6,16 +6,16 @@ import glob
 import hashlib
 import itertools
 import logging
-import re
-import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import braceexpand
 from webdataset.gopen import gopen
 from webdataset.tariterators import group_by_keys
+
+from clipq.data.tar import members
 
 log = logging.getLogger(__name__)
 
@@ -29,10 +29,6 @@ class DataError(ValueError):
 
 class BrokenShardError(ValueError):
     """Samples of a shard are missing, for it cannot be read to its end."""
-
-
-_META = re.compile(r"__[^/]*__($|/)")
-"""Member names that webdataset reserves for what is no sample."""
 
 
 def expand(patterns: str | list[str]) -> list[str]:
@@ -92,8 +88,8 @@ def read_shard(shard: str, *, on_damage: Callable[[str], None] = _silent) -> Ite
     count = 0
     try:
         # gopen takes a colon in a file name for the end of a scheme.
-        with gopen(shard) if _is_url(shard) else Path(shard).open("rb") as stream:
-            for sample in group_by_keys(_members(shard, stream, on_damage)):
+        with gopen(shard) if _is_url(shard) else Path(shard).open("rb", buffering=0) as stream:
+            for sample in group_by_keys(members(shard, stream, on_damage)):
                 count += 1
                 yield sample
         if not count:
@@ -101,38 +97,6 @@ def read_shard(shard: str, *, on_damage: Callable[[str], None] = _silent) -> Ite
     except Exception as error:  # tarfile and the unpackers raise errors of many kinds on damaged files
         log.warning("shard %s: %s: %s; %d samples were read before", shard, type(error).__name__, error, count)
         on_damage(shard)
-
-
-class _Header(tarfile.TarInfo):
-    """A header whose damage is an error: tarfile itself takes it for the end of the archive, without a word."""
-
-    @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
-        try:
-            return super().fromtarfile(archive)
-        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:  # pyright: ignore[reportAttributeAccessIssue]
-            raise tarfile.ReadError(f"the header at byte {archive.offset} is damaged: {error}") from error
-
-
-def _members(shard: str, stream: Any, on_damage: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    """{"fname", "data", "__url__"} of each file in an archive.
-
-    Raises:
-        tarfile.ReadError: the archive is damaged, or goes on after its end mark.
-    """
-    archive: Any = tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header)  # noqa: SIM115 (the caller's stream)
-    while (info := archive.next()) is not None:
-        archive.members = []  # it would keep every header
-        if info.issparse():
-            raise tarfile.ReadError(f"{info.name} is a sparse file, which can unpack to any size")
-        if info.isreg() and not _META.match(info.name):
-            yield {"fname": info.name, "data": archive.extractfile(info).read(), "__url__": shard}
-    if archive.fileobj.tell() == archive.offset:
-        log.warning("shard %s has no end mark: it may have been cut short", shard)
-        on_damage(shard)
-    while rest := archive.fileobj.read(1 << 20):
-        if rest.strip(b"\0"):
-            raise tarfile.ReadError(f"there is an end mark at byte {archive.offset}, but the archive goes on after it")
 
 
 def read_part(
