@@ -253,7 +253,7 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
         model=model,
         normalize=Normalize(clip.preprocess.mean, clip.preprocess.std, env.device),
         schedule=build_schedule(job),
-        loader=functools.partial(train_batches, stream, workers, job.data.prefetch, env),
+        loader=functools.partial(train_batches, stream, workers, job.data, env),
         loader_info=order | {"lanes": lanes, "world_size": env.world_size},
         encoder=build_encoder(clip, job.backend, job.eval, env, console),
         evaluators=evaluators,

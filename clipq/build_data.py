@@ -126,7 +126,7 @@ def loader_processes(config: DataConfig, lanes: int, env: DistEnv) -> int:
 
 
 def train_batches(
-    stream: TrainStream, workers: int, prefetch: int, env: DistEnv, place: StreamPlace | None
+    stream: TrainStream, workers: int, config: DataConfig, env: DistEnv, place: StreamPlace | None
 ) -> Generator[dict[str, Any]]:
     """Batches of a stream from a place on; None for its start.
 
@@ -136,7 +136,20 @@ def train_batches(
     if place is not None:
         stream = stream.starting_at(place)
     try:
-        yield from batches(stream, workers=workers, prefetch=prefetch, pin_memory=env.device.type == "cuda")
+        yield from batches(
+            stream,
+            workers=workers,
+            prefetch=config.prefetch,
+            pin_memory=env.device.type == "cuda",
+            max_lost=config.max_lost,
+        )
     except DataError as error:
         # DataLoader puts the traceback of its worker process into the message.
         raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"a loader process ended without a word ({error}): often the system had no memory left for it; lower "
+            "data.workers, data.shuffle or data.prefetch"
+        ) from error

@@ -97,6 +97,9 @@ class DataConfig:
     workers: int | None = None
     """Loader processes for each rank; None takes the CPU cores of this rank less one, between 1 and 14. 0 loads in the
     training process."""
+    max_lost: float = 0.05
+    """Share of the samples, and of the shards, that may be unreadable before the run ends; counted from its start or
+    resumption, on each rank."""
     prefetch: int = 4
     """Batches that are kept ready."""
     lanes: int | None = None
@@ -115,6 +118,7 @@ class DataConfig:
         for name, source in self.sources.items():
             _check_source(f"data.sources.{name}", source)
         require(self.workers is None or self.workers >= 0, f"data.workers={self.workers}: expected 0 or more")
+        require(0 <= self.max_lost <= 1, f"data.max_lost={self.max_lost}: expected a share in [0, 1]")
         require(self.prefetch >= 1, f"data.prefetch={self.prefetch}: expected 1 or more")
         require(self.lanes is None or self.lanes >= 1, f"data.lanes={self.lanes}: expected 1 or more, or null")
         require(self.shuffle >= 1, f"data.shuffle={self.shuffle}: expected 1 or more")

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from clipq.data.decode import Captions, TrainTransform
+from clipq.data.faults import Faults
 from clipq.data.order import Lane, Mix, Order, Place, Visit
 from clipq.data.shards import DataError, Sample, member, read_part
 
@@ -67,14 +68,22 @@ class Source:
     weight: float = 1.0
     """Its share of the samples, relative to the weights of the other sources."""
 
-    def read(self, visit: Visit, first: int) -> Iterator[tuple[int, Sample]]:
+    def read(self, faults: Faults, visit: Visit, first: int) -> Iterator[tuple[int, Sample]]:
+        shard = self.shards[visit.shard]
+        faults.shards += 1
+
+        def broken(_: str) -> None:
+            faults.broken += 1
+            faults.last = shard
+
         return read_part(
-            self.shards[visit.shard],
+            shard,
             (self.image, self.captions.member),
             part=visit.part,
             parts=self.order.parts,
             first=first,
             tell=visit.round == 0 and visit.part == 0,
+            on_damage=broken,
         )
 
 
@@ -83,7 +92,7 @@ class TrainStream(IterableDataset):
     """The endless parts of one rank's batches that a loader process makes, from a place on; `batches` joins them.
 
     A part is {"image": [n, 3, H, W] uint8, "text": [n, context] int32, "key": [n], "at": [n] where in the batch,
-    "lanes": [lanes of the process][sources] their places after it}.
+    "lanes": [lanes of the process][sources] their places after it, "faults": of this part}.
     """
 
     sources: list[Source]
@@ -115,22 +124,24 @@ class TrainStream(IterableDataset):
         workers, worker = (info.num_workers, info.id) if info else (1, 0)
         assert self.place is not None
         count = len(self.place.lanes)
-        lanes = {own: self._lane(own, self.place) for own in range(worker, count, workers)}
+        faults = Faults()
+        lanes = {own: self._lane(own, self.place, faults) for own in range(worker, count, workers)}
         # sample g of all ranks is of lane g mod L, and rank r has those with g mod ranks = r
         first = -(-(self.place.drawn - self.rank) // self.world_size)
         encode = functools.lru_cache(maxsize=1 << 16)(self._encode)
         while True:
             at = [n for n in range(self.batch_size) if (first + n) % count in lanes]
-            pairs = [self._pair(lanes[(first + n) % count], encode) for n in at]
+            pairs = [self._pair(lanes[(first + n) % count], encode, faults) for n in at]
             places = [[tuple(lane.place) for lane in mix.lanes] for mix in lanes.values()]
-            yield {**self._stack(pairs), "at": at, "lanes": places}
+            yield {**self._stack(pairs), "at": at, "lanes": places, "faults": dataclasses.replace(faults)}
+            faults.clear()
             first += self.batch_size
 
-    def _lane(self, own: int, start: StreamPlace) -> Mix:
+    def _lane(self, own: int, start: StreamPlace, faults: Faults) -> Mix:
         """A lane of this rank, by its number here."""
         lane = own * self.world_size + self.rank
         of_sources = [
-            Lane(source.order, lane, Place(*place), source.read)
+            Lane(source.order, lane, Place(*place), functools.partial(source.read, faults))
             for source, place in zip(self.sources, start.lanes[own].tolist(), strict=True)
         ]
         numbers = itertools.count(start.drawn + (lane - start.drawn) % self.lanes, self.lanes)
@@ -139,13 +150,14 @@ class TrainStream(IterableDataset):
     def _encode(self, caption: str) -> Tensor:
         return self.tokenizer([caption])[0].to(torch.int32)
 
-    def _pair(self, mix: Mix, encode: Callable[[str], Tensor]) -> Pair:
+    def _pair(self, mix: Mix, encode: Callable[[str], Tensor], faults: Faults) -> Pair:
         """The next pair of a lane. In place of one that cannot be read comes another: all others keep their places.
 
         Raises:
             DataError: it cannot be read, and nor can those tried in its place; or the data is used up.
         """
         lane, item = mix.draw()
+        faults.samples += 1
         source = self.sources[lane.order.source]
         for n in range(SPARES):
             sample = item.sample
@@ -158,14 +170,15 @@ class TrainStream(IterableDataset):
                 image, text = self.transform(data, rng), encode(source.captions.one(sample, rng))
                 return image, text, f"{sample['__url__']}/{sample['__key__']}"
             except ValueError as error:
-                log.warning("sample %s of %s left out: %s", sample["__key__"], sample["__url__"], error)
+                faults.unreadable += 1
+                faults.last = f"{sample['__key__']} of {sample['__url__']}"
+                log.warning("sample %s left out: %s", faults.last, error)
             spare = lane.spare(random.Random(f"{own} {n}"))
             if spare is None:
                 break
             item = spare
         raise DataError(
-            f"sample {item.sample['__key__']} of {item.sample['__url__']} cannot be read, and nor can those tried in "
-            "its place (see the warnings before)"
+            f"sample {faults.last} cannot be read, and nor can those tried in its place (see the warnings before)"
         )
 
     def _stack(self, pairs: Sequence[Pair]) -> dict[str, Any]:
@@ -176,10 +189,10 @@ class TrainStream(IterableDataset):
 
 
 def batches(
-    stream: TrainStream, *, workers: int, prefetch: int = 2, pin_memory: bool = False
+    stream: TrainStream, *, workers: int, prefetch: int = 2, pin_memory: bool = False, max_lost: float = 0.05
 ) -> Generator[dict[str, Any]]:
     """Endless batches of a rank, {"image": [B, 3, H, W] uint8, "text": [B, context] int32, "key": [B], "place": where
-    the rank is after it}.
+    the rank is after it, "lost": samples and shards that could not be read meanwhile}.
 
     A key is the shard that a sample is from and its key in there, `train/00007.tar/000123`.
 
@@ -187,7 +200,12 @@ def batches(
         workers: loader processes, no more than lanes of the rank; 0 loads in this process.
         prefetch: batches that are kept ready.
         pin_memory: put batches where they can be copied to a GPU asynchronously.
+        max_lost: share of the samples, and of the shards, that may be unreadable.
+
+    Raises:
+        DataError: training cannot go on with this data.
     """
+    faults = Faults()
     place = stream.place
     assert place is not None
     loader = iter(make_loader(stream, workers=workers, prefetch=prefetch))
@@ -197,12 +215,17 @@ def batches(
         for worker, part in enumerate(parts):
             lanes[worker :: len(parts)] = torch.tensor(part["lanes"])
         place = StreamPlace(place.drawn + stream.batch_size * stream.world_size, lanes)
+        before = faults.unreadable + faults.broken
+        for part in parts:
+            faults.add(part["faults"])
+        faults.check(max_lost)
         keys: dict[int, str] = {n: key for part in parts for n, key in zip(part["at"], part["key"], strict=True)}
         yield {
             "image": _join(parts, "image", stream.batch_size, pin_memory),
             "text": _join(parts, "text", stream.batch_size, pin_memory),
             "key": [keys[n] for n in range(stream.batch_size)],
             "place": place,
+            "lost": faults.unreadable + faults.broken - before,
         }
 
 

@@ -100,7 +100,14 @@ def read_shard(shard: str, *, on_damage: Callable[[str], None] = _silent) -> Ite
 
 
 def read_part(
-    shard: str, wanted: tuple[str, ...], *, part: int = 0, parts: int = 1, first: int = 0, tell: bool = False
+    shard: str,
+    wanted: tuple[str, ...],
+    *,
+    part: int = 0,
+    parts: int = 1,
+    first: int = 0,
+    tell: bool = False,
+    on_damage: Callable[[str], None] = _silent,
 ) -> Iterator[tuple[int, Sample]]:
     """(index in the shard, sample) of a shard's samples that have what is wanted, in the order of the file.
 
@@ -109,13 +116,14 @@ def read_part(
         part: of these samples those whose index mod `parts` is this.
         first: and is no less than this.
         tell: log how many samples lack something.
+        on_damage: as of `read_shard`.
 
     Raises:
         DataError: no sample of the shard has what is wanted.
     """
     seen: set[str] = set()
     found, left_out = 0, Counter[str]()
-    for index, sample in enumerate(read_shard(shard)):
+    for index, sample in enumerate(read_shard(shard, on_damage=on_damage)):
         missing = [w for w in wanted if member(sample, w) is None]
         if missing:
             left_out[" and ".join(missing)] += 1

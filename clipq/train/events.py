@@ -38,7 +38,9 @@ def flush(run: Run, meter: Meter, *, show: bool) -> bool:
     pending = run.pending.copy()
     run.pending.clear()
     numbers = torch.stack([p.numbers for p in pending])
+    lost = torch.tensor([p.lost for p in pending], device=numbers.device)
     if run.env.is_distributed:
+        dist.all_reduce(lost)
         for columns, how in (([2], dist.ReduceOp.MAX), ([3, 4], dist.ReduceOp.MIN)):  # loss and norm are the whole's
             part = numbers[:, columns]
             dist.all_reduce(part, how)
@@ -49,7 +51,9 @@ def flush(run: Run, meter: Meter, *, show: bool) -> bool:
             p.row |= run.watch.row(values)
     events: list[Row] = []
     bad: list[Row] = []
-    for p, values in zip(pending, numbers.tolist(), strict=True):
+    for p, values, missing in zip(pending, numbers.tolist(), lost.tolist(), strict=True):
+        if missing:
+            p.row["lost"] = missing
         named: dict[str, float] = dict(zip(COLUMNS, values, strict=True))
         p.row |= {name: named[name] for name in ("loss", "logit_scale", "max_logit", "grad_norm")}
         events += [row_of(e) for e in run.state.spikes.update(p.row["step"], named["loss"], p.row.get("rms", {}))]

@@ -123,7 +123,9 @@ def train_step(run: Run, batch: dict[str, Any], lr: float) -> Pending:
         logit_scale: Any = state.model.logit_scale
         logit_scale.clamp_(0, math.log(run.max_logit_scale))
     row = {"kind": "train", "step": step, "lr": lr}
-    return Pending(row, torch.cat((numbers, torch.stack((norm, bad.float())))), norms, watched, batch["key"])
+    return Pending(
+        row, torch.cat((numbers, torch.stack((norm, bad.float())))), norms, watched, batch["key"], batch["lost"]
+    )
 
 
 def left_out(run: Run, scaler: FixedLossScaler) -> None:

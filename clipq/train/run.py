@@ -51,6 +51,8 @@ class Pending:
     """What the instruments show, where the step is watched."""
     keys: list[str]
     """Samples of this rank's batch."""
+    lost: int
+    """Samples and shards that could not be read meanwhile, on this rank."""
 
 
 @dataclass

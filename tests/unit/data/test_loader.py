@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 import random
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from clipq.build_data import train_batches
+from clipq.config.data import DataConfig
 from clipq.data.decode import Captions, TrainTransform
 from clipq.data.loader import Source, StreamPlace, TrainStream, batches, default_workers
 from clipq.data.order import Order, usual_lanes
+from clipq.data.shards import DataError
+from clipq.dist.env import DistEnv
 from tests.helpers import COLOURS, colour_samples, colour_shards, encode, picture, write_shard
 
 
@@ -52,7 +58,7 @@ def mixed(sources: list[Source], **options: object) -> TrainStream:
 
 
 def taken(s: TrainStream, count: int, workers: int = 0) -> list[dict[str, Any]]:
-    return list(itertools.islice(batches(s, workers=workers), count))
+    return list(itertools.islice(batches(s, workers=workers, max_lost=1.0), count))
 
 
 def numbers(found: list[dict[str, Tensor]]) -> list[int]:
@@ -294,6 +300,46 @@ def test_one_of_several_captions(tmp_path: Path) -> None:
     drawn = [tuple(batch["text"][:, 1].tolist()) for batch in taken(s, 6)]
     assert {ord("a"), ord("b")} == set(itertools.chain(*drawn))
     assert len(set(drawn)) == 6
+
+
+def test_faults_are_counted_and_bounded(shards: list[str], tmp_path: Path) -> None:
+    """A tenth of the samples, and one shard of six, cannot be read."""
+    samples = colour_samples(60)
+    for bad in samples[::10]:
+        bad["png"] = b"no image"
+    names = [str(write_shard(tmp_path / "some" / f"{n}.tar", samples[n * 12 : n * 12 + 12])) for n in range(5)]
+    (tmp_path / "some" / "5.tar").write_bytes(b"<html>503</html>" * 100)
+    s = stream([*names, str(tmp_path / "some" / "5.tar")], lanes=1, batch_size=4)
+    for workers in (0, 2):
+        lost = [
+            b["lost"] for b in itertools.islice(batches(stream(names, batch_size=4), workers=workers, max_lost=1), 30)
+        ]
+        assert sum(lost) >= 12, "6 in a pass, and some of those in whose place they stood"
+        assert min(lost) == 0
+    with pytest.raises(
+        ValueError, match=r"(\d+) of (\d+) samples could not be read, the last of them 0000\d+ of .*some"
+    ):
+        list(itertools.islice(batches(stream(names, batch_size=4), workers=0, max_lost=0.02), 200))
+    found = itertools.islice(batches(s, workers=0, max_lost=0.5), 400)
+    assert sum(b["lost"] for b in found) > 20
+    only_shards = stream([shards[0], *([str(tmp_path / "some" / "5.tar")])], lanes=1)
+    with pytest.raises(
+        ValueError, match=r"of \d+ shards could not be read, the last of them .*5\.tar .*data\.max_lost"
+    ):
+        list(itertools.islice(batches(only_shards, workers=0, max_lost=0.3), 200))
+
+
+def kill_the_loader(image: bytes, rng: random.Random) -> Tensor:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def test_a_killed_loader_process_ends_the_run(shards: list[str]) -> None:
+    """As the system does where memory runs out."""
+    env = DistEnv(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"))
+    config = DataConfig(name="x", shards=shards)
+    with pytest.raises(DataError, match=r"a loader process ended without a word .*data\.shuffle"):
+        next(train_batches(stream(shards, transform=kill_the_loader), 1, config, env, None))
 
 
 def test_default_workers(monkeypatch: pytest.MonkeyPatch) -> None:
