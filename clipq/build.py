@@ -26,6 +26,7 @@ from clipq.config.schema import TrainJob
 from clipq.data.evalset import CaptionedShards, ImageFolder, LabelledShards
 from clipq.data.loader import default_workers
 from clipq.data.order import usual_lanes
+from clipq.data.remote import RemoteError
 from clipq.data.shards import expand, names_digest
 from clipq.dist.env import DistEnv
 from clipq.dist.gather import raised_on_every_rank
@@ -60,7 +61,7 @@ def reported_as_config_error() -> Iterator[None]:
     with raised_on_every_rank(ConfigError):
         try:
             yield
-        except (FileNotFoundError, ValueError) as error:
+        except (FileNotFoundError, RemoteError, ValueError) as error:
             raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
 
 

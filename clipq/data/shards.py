@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import braceexpand
-from webdataset.gopen import gopen
 from webdataset.tariterators import group_by_keys
 
+from clipq.data.remote import is_url, open_url, require_protocol
 from clipq.data.tar import members
 
 log = logging.getLogger(__name__)
@@ -58,12 +58,8 @@ def names_digest(sources: list[list[str]]) -> int:
     return int.from_bytes(hashlib.blake2b(names.encode(), digest_size=6).digest())
 
 
-def _is_url(name: str) -> bool:
-    return name.startswith("pipe:") or "://" in name
-
-
 def _matches(name: str, pattern: str) -> list[str]:
-    if _is_url(name):
+    if is_url(name):
         return [name]
     path = Path(name).expanduser()
     if path.is_dir():
@@ -87,8 +83,7 @@ def read_shard(shard: str, *, on_damage: Callable[[str], None] = _silent) -> Ite
     """
     count = 0
     try:
-        # gopen takes a colon in a file name for the end of a scheme.
-        with gopen(shard) if _is_url(shard) else Path(shard).open("rb", buffering=0) as stream:
+        with open_url(shard) if is_url(shard) else Path(shard).open("rb", buffering=0) as stream:
             for sample in group_by_keys(members(shard, stream, on_damage)):
                 count += 1
                 yield sample
@@ -154,9 +149,12 @@ def check_members(shards: list[str], wanted: tuple[str, ...], captions: Callable
 
     Raises:
         DataError: none of 100 samples has what is wanted and a caption, or no shard can be read.
+        RemoteError, ValueError: a shard's address is of a kind that cannot be read here.
     """
+    for shard in (s for s in shards if is_url(s)):
+        require_protocol(shard)
     seen: set[str] = set()
-    for shard in (s for s in shards if not _is_url(s)):
+    for shard in (s for s in shards if not is_url(s)):
         fault = None
         for sample in itertools.islice(read_shard(shard), 100):
             if all(member(sample, w) is not None for w in wanted):
@@ -170,7 +168,7 @@ def check_members(shards: list[str], wanted: tuple[str, ...], captions: Callable
             raise DataError(f"shard {shard}: no caption in its first samples: {fault}. Check data.caption.field")
         if seen:
             raise _not_wanted(shard, wanted, seen)
-    if not any(_is_url(s) for s in shards):
+    if not any(is_url(s) for s in shards):
         where = shards[0] if len(shards) == 1 else f"any of {len(shards)} shards, such as {shards[0]}"
         raise DataError(
             f"data.shards: no sample could be read from {where}: expected .tar or .tar.gz files of images and captions "

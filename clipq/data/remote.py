@@ -1,0 +1,157 @@
+"""Shards that are not files: `http(s)://`, `pipe:COMMAND`, and what fsspec knows, as `s3://` and `gs://`."""
+
+from __future__ import annotations
+
+import logging
+import time
+import urllib.error
+import urllib.request
+from typing import Any
+
+from webdataset.gopen import gopen
+
+log = logging.getLogger(__name__)
+
+HTTP = ("http://", "https://")
+TRIES = 5
+"""Times that a read is tried before its shard is given up."""
+PATIENCE = 1.0
+"""Seconds before the second try; twice as long before each further one."""
+SECONDS = 60.0
+"""Without a byte, before a connection counts as stalled."""
+BLOCK = 4 << 20
+"""Bytes asked for at a time."""
+
+
+class RemoteError(OSError):
+    """A shard cannot be read, and trying again did not help."""
+
+
+def is_url(name: str) -> bool:
+    return name.startswith("pipe:") or "://" in name
+
+
+def open_url(name: str) -> Any:
+    """A context manager whose value has `read`, for a shard that is not a file.
+
+    Raises:
+        RemoteError: what is needed to read such addresses is not installed.
+    """
+    return gopen(name) if name.startswith("pipe:") else RemoteFile(name)
+
+
+class RemoteFile:
+    """A remote file read from its start to its end. What fails on the way is tried again from where it failed.
+
+    Args:
+        url: an address of HTTP, or one that fsspec knows.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._file: Any = None
+        self._at = 0
+        self._size: int | None = None
+
+    def __enter__(self) -> RemoteFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._close()
+
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes; none at the end.
+
+        Raises:
+            FileNotFoundError, PermissionError: at once.
+            RemoteError: after `TRIES`.
+        """
+        for attempt in range(1, TRIES + 1):
+            try:
+                self._file = self._file or self._open()
+                data = self._file.read(size)
+                if not data and self._size is not None and self._at < self._size:
+                    raise EOFError(f"it ended after {self._at:,} of {self._size:,} bytes")
+                self._at += len(data)
+                return data
+            except (FileNotFoundError, PermissionError, RemoteError):
+                raise
+            except Exception as error:  # each protocol has errors of its own
+                self._close()
+                what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+                if attempt == TRIES:
+                    raise RemoteError(f"{TRIES} tries failed at byte {self._at:,}, the last with {what}") from error
+                wait = PATIENCE * 2 ** (attempt - 1)
+                log.warning("shard %s: %s at byte %d; again in %.3g s", self._url, what, self._at, wait)
+                time.sleep(wait)
+        raise AssertionError
+
+    def _open(self) -> Any:
+        """The file, at the byte where the last try failed."""
+        if self._url.startswith(HTTP):
+            file, at, self._size = _open_http(self._url, self._at)
+        else:
+            file, at, self._size = _open_fsspec(self._url, self._at)
+        while at < self._at:  # the server gives no parts of a file
+            skipped = len(file.read(min(self._at - at, BLOCK)))
+            if not skipped:
+                raise EOFError(f"it ends before byte {self._at:,}, where the try before failed")
+            at += skipped
+        return file
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._file = None
+
+
+def _open_http(url: str, at: int) -> tuple[Any, int, int | None]:
+    """A response whose body begins at most at a byte, where it does begin, and the size of the whole if it is told."""
+    headers = {"User-Agent": "clipq"} | ({"Range": f"bytes={at}-"} if at else {})
+    try:
+        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=SECONDS)
+    except urllib.error.HTTPError as error:
+        if error.code in (404, 410):
+            raise FileNotFoundError(f"HTTP {error.code}") from error
+        if error.code in (401, 403):
+            raise PermissionError(f"HTTP {error.code}") from error
+        raise
+    start = at if response.status == 206 else 0
+    length = response.headers.get("Content-Length")
+    return response, start, None if length is None else start + int(length)
+
+
+def _open_fsspec(url: str, at: int) -> tuple[Any, int, int | None]:
+    import fsspec
+
+    files, path = fsspec.core.url_to_fs(url, **_limits(url))
+    file = files.open(path, "rb", block_size=BLOCK, cache_type="readahead")
+    file.seek(at)
+    return file, at, file.size
+
+
+def require_protocol(url: str) -> None:
+    """Checks that what reads such addresses is installed.
+
+    Raises:
+        RemoteError: it is not.
+        ValueError: fsspec knows no such protocol.
+    """
+    if url.startswith(("pipe:", *HTTP)):
+        return
+    import fsspec
+
+    try:
+        fsspec.get_filesystem_class(url.partition("://")[0])
+    except ImportError as error:
+        raise RemoteError(f"{url}: {error}. Install clipq[remote]") from error
+    except ValueError as error:
+        raise ValueError(f"{url}: {error}; such as http, https, s3 and gs are") from error
+
+
+def _limits(url: str) -> dict[str, Any]:
+    """Time limits: nothing may hang, and it is tried again here."""
+    if url.startswith("s3://"):
+        limits = {"connect_timeout": SECONDS, "read_timeout": SECONDS, "retries": {"max_attempts": 1}}
+        return {"config_kwargs": limits}
+    return {}
