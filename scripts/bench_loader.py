@@ -1,0 +1,190 @@
+"""Samples a second of one CPU core, from shards to batches of images and tokens: clipq's loader, OpenCLIP's, and bare
+decoding of the same bytes in memory.
+
+    python scripts/bench_loader.py --shards '/data/tiny_imagenet/train/*.tar.gz' --size 64 --openclip FOLDER
+    python scripts/bench_loader.py --shards '/data/x/*.tar' --enlarge 256 --openclip FOLDER --output loader.json
+
+OpenCLIP 3.3.0's trainer needs webdataset up to 0.2.86, and pandas: FOLDER is where
+`pip install --target FOLDER --no-deps webdataset==0.2.86 pandas python-dateutil six pytz` put them. Each loader is
+measured in a process of its own, on the same core, in turn, several times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+BATCH = 256
+QUALITY = 92
+
+
+def ours(shards: list[str], size: int) -> Iterator[Any]:
+    import open_clip
+
+    from clipq.data.decode import Captions, TrainTransform
+    from clipq.data.loader import Source, TrainStream, batches
+    from clipq.data.order import Order, usual_lanes
+
+    lanes = usual_lanes(len(shards), 1)
+    source = Source(shards, Order(len(shards), lanes, seed=0, shuffle=1024), Captions())
+    stream = TrainStream([source], TrainTransform((size, size)), open_clip.get_tokenizer("ViT-B-32"), BATCH, lanes)
+    return batches(stream, workers=0)
+
+
+def openclip(shards: list[str], size: int) -> Iterator[Any]:
+    import open_clip
+    from open_clip_train.data import get_wds_dataset
+
+    transform = open_clip.image_transform(size, is_train=True, aug_cfg={"scale": (0.9, 1.0)})
+    settings = SimpleNamespace(
+        train_data=shards,
+        train_num_samples=10**8,
+        train_data_upsampling_factors=None,
+        dataset_resampled=True,  # else it ends after a pass
+        batch_size=BATCH,
+        workers=0,
+        world_size=1,
+        seed=0,
+    )
+    loader = get_wds_dataset(settings, transform, is_train=True, tokenizer=open_clip.get_tokenizer("ViT-B-32"))
+    return iter(loader.dataloader)
+
+
+def bare(shards: list[str], size: int) -> Iterator[Any]:
+    """Decoding alone: no reading, cropping or tokens. What no loader that decodes whole images can reach."""
+    import simplejpeg
+
+    from clipq.data.shards import member, read_shard
+
+    images = [data for s in shards for sample in read_shard(s) if (data := member(sample, "jpg")) is not None][:4096]
+    rng = random.Random(0)
+    while True:
+        for data in rng.choices(images, k=BATCH):
+            simplejpeg.decode_jpeg(data, "RGB") if simplejpeg.is_jpeg(data) else None
+        yield None
+
+
+LOADERS: dict[str, Callable[[list[str], int], Iterator[Any]]] = {"clipq": ours, "openclip": openclip, "bare": bare}
+
+
+def measure(name: str, shards: list[str], size: int, seconds: float, core: int) -> dict[str, float]:
+    """In this process: samples a second after the first two batches, and the time to the first."""
+    os.sched_setaffinity(0, {core})
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    loader = LOADERS[name](shards, size)
+    made = time.perf_counter()
+    next(loader)
+    first = time.perf_counter()
+    next(loader)
+    begin, count = time.perf_counter(), 0
+    while time.perf_counter() - begin < seconds:
+        next(loader)
+        count += BATCH
+    rate = count / (time.perf_counter() - begin)
+    return {"samples_per_second": rate, "first_batch_seconds": first - made, "setup_seconds": made - start}
+
+
+def enlarged(shards: list[str], side: int, folder: Path) -> list[str]:
+    """Copies whose pictures have a short side of so many pixels, and a caption each. They are softer than real ones."""
+    from PIL import Image
+
+    from clipq.data.shards import member, read_shard
+
+    written: list[str] = []
+    for number, shard in enumerate(shards):
+        samples = list(read_shard(shard))
+        for piece in range(4):
+            path = folder / f"{number:03d}_{piece}.tar"
+            with tarfile.open(path, "w") as tar:
+                for sample in samples[piece::4]:
+                    image = Image.open(io.BytesIO(member(sample, "jpg;png;webp") or b"")).convert("RGB")
+                    scale = side / min(image.size)
+                    image = image.resize(
+                        (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC
+                    )
+                    buffer = io.BytesIO()
+                    image.save(buffer, "JPEG", quality=QUALITY)
+                    text = f"a picture of thing number {sample['__key__']}".encode()
+                    for kind, data in (("jpg", buffer.getvalue()), ("txt", text)):
+                        info = tarfile.TarInfo(f"{Path(sample['__key__']).name}.{kind}")
+                        info.size = len(data)
+                        tar.addfile(info, io.BytesIO(data))
+            written.append(str(path))
+    return written
+
+
+def in_a_process(
+    name: str, shards: list[str], size: int, seconds: float, core: int, site: str | None
+) -> dict[str, float]:
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    if name == "openclip":
+        environment["PYTHONPATH"] = f"{site}{os.pathsep}{environment.get('PYTHONPATH', '')}"
+    job = json.dumps({"name": name, "shards": shards, "size": size, "seconds": seconds, "core": core})
+    done = subprocess.run([sys.executable, __file__, "--job", job], capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{name}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shards", help="as data.shards")
+    parser.add_argument("--size", type=int, default=224, help="pixels of the batches' images")
+    parser.add_argument("--enlarge", type=int, help="first make copies of the pictures with such a short side")
+    parser.add_argument("--openclip", metavar="FOLDER", help="where the webdataset is that OpenCLIP's trainer needs")
+    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--core", type=int, default=0)
+    parser.add_argument("--output", help="JSON file")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.job:
+        print(json.dumps(measure(**json.loads(args.job))))
+        return
+    from bench_common import write
+
+    from clipq.data.shards import expand
+
+    shards = [str(Path(s).absolute()) for s in expand(args.shards)]
+    with tempfile.TemporaryDirectory() as folder:
+        if args.enlarge:
+            shards = enlarged(shards, args.enlarge, Path(folder))
+        names = ["clipq", *(["openclip"] if args.openclip else []), "bare"]
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+        for _ in range(args.rounds):
+            for name in names:
+                result = in_a_process(name, shards, args.size, args.seconds, args.core, args.openclip)
+                found[name].append(result)
+                rate, first = result["samples_per_second"], result["first_batch_seconds"]
+                print(f"{name:9} {rate:8.0f} samples/s, first batch {first:.2f} s")
+    rates = {name: statistics.median(r["samples_per_second"] for r in rounds) for name, rounds in found.items()}
+    for name, rate in rates.items():
+        print(f"{name:9} {rate:8.0f} samples/s a core, clipq is {rates['clipq'] / rate:.2f} times that")
+    if args.output:
+        what = {
+            "size": args.size,
+            "enlarge": args.enlarge,
+            "shards": len(shards),
+            "data": Path(args.shards).parts[-3:-1],
+        }
+        write(args.output, "loader", "Loader, one core", what | {"rounds": found, "samples_per_second": rates})
+
+
+if __name__ == "__main__":
+    main()
