@@ -77,13 +77,26 @@ def decode_rgb(data: bytes) -> np.ndarray:
     Raises:
         ValueError: as `decode_pil`.
     """
-    if _is_upright_jpeg(data):
-        try:
-            height, width, *_ = simplejpeg.decode_jpeg_header(data)
-            if int(height) * int(width) <= MAX_PIXELS:
-                return simplejpeg.decode_jpeg(data, "RGB")
-        except ValueError:
-            pass  # Pillow reads some that libjpeg-turbo warns of, and knows what is wrong with the others
+    return _decode(data, quick=quick_size(data) is not None)
+
+
+def quick_size(data: bytes) -> tuple[int, int] | None:
+    """Height and width of an upright JPEG of no more than `MAX_PIXELS`, as its header says; None for anything else."""
+    if not _is_upright_jpeg(data):
+        return None
+    try:
+        height, width, *_ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    height, width = int(height), int(width)
+    return (height, width) if height * width <= MAX_PIXELS else None
+
+
+def _decode(data: bytes, *, quick: bool, least: tuple[int, int] = (0, 0)) -> np.ndarray:
+    """As `decode_rgb`; where `quick`, perhaps at a smaller scale, but of no less than `least` height and width."""
+    if quick:
+        with contextlib.suppress(ValueError):  # Pillow reads some that libjpeg-turbo warns of, and knows what is wrong
+            return simplejpeg.decode_jpeg(data, "RGB", min_height=least[0], min_width=least[1])
     return np.asarray(decode_pil(data))
 
 
@@ -128,9 +141,21 @@ class TrainTransform:
     grayscale: float = 0.0
 
     def __call__(self, data: bytes, rng: random.Random) -> Tensor:
-        """Encoded image -> [3, height, width] uint8."""
-        rgb = decode_rgb(data)
-        top, left, height, width = self._crop(rgb.shape[0], rgb.shape[1], rng)
+        """Encoded image -> [3, height, width] uint8.
+
+        A JPEG whose crop is four times as large as the result, or more, is decoded at half its size or less.
+        """
+        size = quick_size(data)
+        if size is None:
+            rgb = _decode(data, quick=False)
+            top, left, height, width = self._crop(rgb.shape[0], rgb.shape[1], rng)
+        else:
+            box = self._crop(*size, rng)
+            # twice the result, so that what libjpeg's coarse filter leaves is smoothed by the resizing
+            scale = 2 * max(self.size[0] / box[2], self.size[1] / box[3])
+            least = (math.ceil(size[0] * scale), math.ceil(size[1] * scale)) if scale <= 0.5 else (0, 0)
+            rgb = _decode(data, quick=True, least=least)
+            top, left, height, width = _scaled(box, size, rgb.shape)
         image = torch.from_numpy(rgb[top : top + height, left : left + width].copy()).permute(2, 0, 1)
         if (height, width) != self.size:
             image = TF.resize(image, list(self.size), InterpolationMode(self.interpolation), antialias=True)
@@ -167,6 +192,16 @@ class TrainTransform:
         for step in steps:
             image = step(image)
         return image
+
+
+def _scaled(box: tuple[int, int, int, int], size: tuple[int, int], now: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a box in a picture, where the picture is smaller than it was."""
+    if now[:2] == size:
+        return box
+    top, left, height, width = box
+    edges = [round(y * now[0] / size[0]) for y in (top, top + height)]
+    sides = [round(x * now[1] / size[1]) for x in (left, left + width)]
+    return edges[0], sides[0], max(1, edges[1] - edges[0]), max(1, sides[1] - sides[0])
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import random
+from typing import Any
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 import torchvision.transforms.functional as tvF
 from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
-from clipq.data.decode import TrainTransform
+from clipq.data.decode import TrainTransform, _scaled
 from tests.helpers import encode
 
 
@@ -143,3 +146,37 @@ def test_jitter_of_one_kind_stays_in_its_range(part: int) -> None:
     assert spread > 2
     never = transform(color_jitter=jitter, color_jitter_prob=0.0, **WHOLE)
     assert torch.equal(never(data, rng), source)
+
+
+def test_large_photographs_are_decoded_at_a_smaller_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against PIL's crop and antialiased bicubic of the whole picture, which is OpenCLIP's transform."""
+    shapes: list[tuple[int, ...]] = []
+    original = simplejpeg.decode_jpeg
+
+    def decode(*args: Any, **options: Any) -> np.ndarray:
+        rgb = original(*args, **options)
+        shapes.append(rgb.shape)
+        return rgb
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", decode)
+    rng = np.random.default_rng(0)
+    waves = sum(
+        rng.normal(0, 8) * np.sin(rng.uniform(0, 0.15, 2) @ np.mgrid[:480, :640].reshape(2, -1) + rng.uniform(0, 6))
+        for _ in range(60)
+    )
+    picture = (128 + np.reshape(waves, (480, 640, 1)) * np.array([1.0, 0.7, -0.6])).clip(0, 255).astype(np.uint8)
+    data = encode(Image.fromarray(picture), "JPEG", quality=92, subsampling=0)
+    for size, largest in ((32, 180), (56, 240), (100, 240), (130, 480)):
+        t = TrainTransform((size, size), scale=(0.9, 1.0))
+        for seed in range(8):
+            found = t(data, random.Random(seed)).permute(1, 2, 0).numpy()
+            height, width, _ = shapes[-1]
+            # crops begin at whole pixels of the smaller picture
+            top, left, h, w = _scaled(t._crop(480, 640, random.Random(seed)), (480, 640), (height, width))
+            y, x = 480 / height, 640 / width
+            box = (left * x, top * y, (left + w) * x, (top + h) * y)
+            expected = Image.open(io.BytesIO(data)).resize((size, size), Image.Resampling.BICUBIC, box=box)
+            error = np.abs(found.astype(int) - np.asarray(expected))
+            assert error.mean() < (1.5 if largest < 480 else 0.1)
+        assert {s[0] for s in shapes} <= set(range(2 * size, largest + 1))
+        shapes.clear()
