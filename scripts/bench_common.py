@@ -85,7 +85,9 @@ def write(path: str | Path, kind: str, title: str, results: dict[str, Any]) -> N
     on_gpu = torch.cuda.is_available()
     facts = environment(torch.device("cuda" if on_gpu else "cpu"), 1)
     # where files lie is of one machine
-    facts["command"] = re.sub(r" (--out[ =]|data\.root=)\S+", "", facts["command"])
+    facts["command"] = re.sub(
+        r" (--out(put)?[ =]|--shards[ =]|--openclip[ =]|data\.root=)('[^']*'|\S+)", "", facts["command"]
+    )
     content = {
         "title": title,
         "kind": kind,

@@ -21,6 +21,7 @@ FOLDER = ROOT / "docs" / "benchmarks"
 BEGIN, END = "<!-- results of {kind}: made by scripts/results.py -->", "<!-- end of results -->"
 PAGES = {
     "README.md": ("run", "step"),
+    "docs/data.md": ("loader",),
     "docs/low_precision.md": ("step", "linear", "recipes", "gemm"),
     "docs/stability.md": ("optimizer", "watch"),
 }
@@ -185,7 +186,25 @@ def watch_table(results: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
+def loader_table(results: list[dict[str, Any]]) -> str:
+    """Samples a second of one core."""
+    rows = [
+        "| shards, images of a batch | clipq | OpenCLIP 3.3.0 | ratio | decoding alone, in memory |",
+        "|---" * 5 + "|",
+    ]
+    for result in results:
+        found = result["results"]
+        rates = found["samples_per_second"]
+        made = f", enlarged to a short side of {found['enlarge']} px" if found["enlarge"] else ""
+        rows.append(
+            f"| {found['data']}{made} → {found['size']} px | {rates['clipq']:,.0f}/s | {rates['openclip']:,.0f}/s | "
+            f"**{rates['clipq'] / rates['openclip']:.1f}×** | {rates['bare']:,.0f}/s |"
+        )
+    return "\n".join(rows)
+
+
 TABLES = {
+    "loader": loader_table,
     "run": run_table,
     "step": step_table,
     "linear": linear_table,
