@@ -177,12 +177,8 @@ def main() -> None:
     for name, rate in rates.items():
         print(f"{name:9} {rate:8.0f} samples/s a core, clipq is {rates['clipq'] / rate:.2f} times that")
     if args.output:
-        what = {
-            "size": args.size,
-            "enlarge": args.enlarge,
-            "shards": len(shards),
-            "data": Path(args.shards).parts[-3:-1],
-        }
+        data = "/".join(Path(args.shards).parts[-3:-1])
+        what = {"data": data, "size": args.size, "enlarge": args.enlarge}
         write(args.output, "loader", "Loader, one core", what | {"rounds": found, "samples_per_second": rates})
 
 
