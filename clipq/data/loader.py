@@ -237,7 +237,7 @@ def _join(parts: list[dict[str, Any]], name: str, size: int, pin_memory: bool) -
     like = filled[0][name]
     whole = torch.empty((size, *like.shape[1:]), dtype=like.dtype, pin_memory=pin_memory)
     for part in filled:
-        whole[part["at"]] = part[name]
+        whole.numpy()[part["at"]] = part[name].numpy()  # twice as fast as torch's own
     return whole
 
 
