@@ -41,7 +41,7 @@ def test_switchback_trains_resumes_evaluates_and_loads_in_openclip(world: Path) 
     whole = torch.tensor(run(world, "whole", "backend=switchback", "steps=12"))
     difference = (whole - bf16).abs()
     assert whole[-1] < whole[0]
-    assert 1e-5 < difference.max() < 0.1, "equal to bf16 would mean that nothing was converted"
+    assert 1e-5 < difference.mean() < 0.1, "equal to bf16 would mean that nothing was converted"
     log = (world / "runs" / "whole" / "logs" / "rank_0.log").read_text()
     assert "switchback: 12 linear layers, 3 blocks fused (reference)" in log
 
