@@ -50,6 +50,7 @@ def whole_batches() -> list[dict[str, Any]]:
             "image": torch.randint(0, 256, (12, 3, 16, 16), generator=g, dtype=torch.uint8),
             "text": torch.randint(1, 49408, (12, length), generator=g, dtype=torch.int32),
             "key": [str(n) for n in range(12)],
+            "lost": 0,
         }
         for _ in range(STEPS)
     ]
@@ -65,7 +66,9 @@ def train_on(run: Run) -> dict[str, Any]:
     per_rank = 12 // run.env.world_size
     mine = slice(run.env.rank * per_rank, (run.env.rank + 1) * per_rank)
     for batch in whole_batches():
-        losses.append(train_step(run, {k: v[mine] for k, v in batch.items()}, lr=1e-3).numbers[0])
+        losses.append(
+            train_step(run, batch | {k: batch[k][mine] for k in ("image", "text", "key")}, lr=1e-3).numbers[0]
+        )
         hook.remove()
     weights = {n: p.detach().clone() for n, p in run.state.model.named_parameters()}
     return {"losses": torch.stack(losses), "gradients": gradients, "weights": weights}
