@@ -194,9 +194,8 @@ class Lane:
                 yield Item(n, visit, index, sample)
             barren = 0 if found or first else barren + 1
             first = 0
-            if (
-                barren == 2 * self.order.visits
-            ):  # the only good one of a pass may come first in one and last in the next
+            # twice: the only good visit may come first in one pass and last in the next
+            if barren == 2 * self.order.visits:
                 raise DataError(f"no sample could be read from {barren} shards in a row (see the warnings before)")
 
 
