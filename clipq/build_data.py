@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator
-from dataclasses import dataclass
 from typing import Any
 
 from clipq.config.data import CaptionConfig, DataConfig
 from clipq.data.decode import Captions, TrainTransform
 from clipq.data.loader import Source, StreamPlace, TrainStream, batches, default_workers
-from clipq.data.order import Order
-from clipq.data.shards import DataError, check_members, expand
+from clipq.data.shards import DataError, expand
 from clipq.dist.env import DistEnv
 from clipq.model.clip import ClipModel, Preprocess
 
@@ -27,27 +25,7 @@ def build_captions(config: CaptionConfig) -> Captions:
     return Captions(config.field, config.lines)
 
 
-@dataclass(frozen=True)
-class SourceFiles:
-    """A source of the configuration, with the shards that are there."""
-
-    name: str
-    shards: list[str]
-    captions: Captions
-    image: str
-    weight: float = 1.0
-    passes: int | None = None
-
-    def check(self) -> None:
-        """Looks at the first samples.
-
-        Raises:
-            DataError: they are not what the configuration says.
-        """
-        check_members(self.shards, (self.image, self.captions.member), self.captions.all)
-
-
-def find_sources(config: DataConfig) -> list[SourceFiles]:
+def find_sources(config: DataConfig) -> list[Source]:
     """The sources of the training data.
 
     Raises:
@@ -55,15 +33,15 @@ def find_sources(config: DataConfig) -> list[SourceFiles]:
     """
     captions = build_captions(config.caption)
     if config.shards is not None:
-        return [SourceFiles("shards", expand(config.shards), captions, config.image)]
+        return [Source(expand(config.shards), captions, config.image)]
     return [
-        SourceFiles(
-            name,
+        Source(
             expand(source.shards),
             captions if source.caption is None else build_captions(source.caption),
             source.image or config.image,
-            source.weight,
-            source.passes,
+            weight=source.weight,
+            passes=source.passes,
+            setting=f"data.sources.{name}",
         )
         for name, source in config.sources.items()
     ]
@@ -71,7 +49,7 @@ def find_sources(config: DataConfig) -> list[SourceFiles]:
 
 def build_stream(
     config: DataConfig,
-    sources: list[SourceFiles],
+    sources: list[Source],
     lanes: int,
     clip: ClipModel,
     env: DistEnv,
@@ -92,21 +70,13 @@ def build_stream(
         grayscale=augment.grayscale,
     )
     return TrainStream(
-        sources=[
-            Source(
-                files.shards,
-                Order(len(files.shards), lanes, seed, config.shuffle, source=number, passes=files.passes),
-                files.captions,
-                files.image,
-                files.weight,
-            )
-            for number, files in enumerate(sources)
-        ],
+        sources=sources,
         transform=transform,
         tokenizer=clip.tokenizer,
         batch_size=batch_size // env.world_size,
         lanes=lanes,
         seed=seed,
+        shuffle=config.shuffle,
         rank=env.rank,
         world_size=env.world_size,
     )
@@ -143,9 +113,6 @@ def train_batches(
             pin_memory=env.device.type == "cuda",
             max_lost=config.max_lost,
         )
-    except DataError as error:
-        # DataLoader puts the traceback of its worker process into the message.
-        raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import os
 import random
@@ -71,11 +72,12 @@ def bare(shards: list[str], size: int) -> Iterator[Any]:
 
     from clipq.data.shards import member, read_shard
 
-    images = [data for s in shards for sample in read_shard(s) if (data := member(sample, "jpg")) is not None][:4096]
+    found = (member(sample, "jpg") for shard in shards for sample in read_shard(shard))
+    images = list(itertools.islice((data for data in found if data and simplejpeg.is_jpeg(data)), 4096))
     rng = random.Random(0)
     while True:
         for data in rng.choices(images, k=BATCH):
-            simplejpeg.decode_jpeg(data, "RGB") if simplejpeg.is_jpeg(data) else None
+            simplejpeg.decode_jpeg(data, "RGB")
         yield None
 
 

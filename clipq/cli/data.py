@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import io
 import json
-import os
 import sys
 import time
 from collections import Counter
@@ -14,9 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from clipq.data.parallel import cores
+
 if TYPE_CHECKING:
     from clipq.data.check import Fault, Rules
-    from clipq.data.sources import Source
+    from clipq.data.pack_sources import Source
     from clipq.data.stats import Stats
     from clipq.log.console import Console
 
@@ -214,7 +215,7 @@ def _summary(stats: Stats) -> list[str]:
 def _make(arguments: argparse.Namespace, console: Console) -> int:
     from clipq.data.index import write_whole
     from clipq.data.pack import pack
-    from clipq.data.sources import ClassFolder
+    from clipq.data.pack_sources import ClassFolder
 
     output: Path = arguments.output
     work = output / ".unpacked"
@@ -258,8 +259,8 @@ def _removed(folder: Path):
 
 def _source(arguments: argparse.Namespace, work: Path, console: Console) -> Source:
     """What the command names: a folder, a table or shards."""
+    from clipq.data.pack_sources import Shards, class_folder, read_shards, read_table
     from clipq.data.shards import expand
-    from clipq.data.sources import Shards, class_folder, read_shards, read_table
 
     first = Path(arguments.source[0]).expanduser()
     is_folder, is_table = first.is_dir(), first.suffix.lower() in (".csv", ".tsv", ".parquet")
@@ -341,10 +342,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--lines", action="store_true", help="as data.caption.lines")
     make = commands.add_parser("make", help="write shards from a folder, a table or other shards")
     _add_make(make)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     runs = {index: _index, verify: _verify, stats: _stats, make: _make}
     for command, run in runs.items():
-        command.add_argument("--workers", type=_count, default=cores, metavar="N", help="processes (%(default)s)")
+        command.add_argument("--workers", type=_count, default=cores(), metavar="N", help="processes (%(default)s)")
         command.set_defaults(run=run)
     return parser
 

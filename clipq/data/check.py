@@ -20,10 +20,10 @@ import numpy as np
 from PIL import Image
 
 from clipq.data.decode import MAX_PIXELS, Captions, decode_rgb
-from clipq.data.index import INDEX, Entry, Told, read_counts, read_index, read_whole, sha256_of
+from clipq.data.index import INDEX, Entry, read_counts, read_index, sha256_of
 from clipq.data.parallel import over
 from clipq.data.remote import is_url
-from clipq.data.shards import Sample, expand, member
+from clipq.data.shards import Damage, Sample, expand, member, read_shard
 
 KINDS = (
     *("missing", "empty", "not a tar", "damaged", "large member", "fewer samples", "more samples", "checksum differs"),
@@ -108,18 +108,21 @@ def _check(task: _Task) -> Checked:
     if fault:
         return Checked([fault], np.empty(0, np.uint64))
     keys = bytearray()
-    counts, first, told = Counter[str](), dict[str, str](), Told()
-    for sample in read_whole(task.shard, told):
+    counts, first, damage = Counter[str](), dict[str, str](), dict[str, Damage]()
+
+    def note(fault: Damage) -> None:
+        damage.setdefault(fault.kind, fault)
+
+    for sample in read_shard(task.shard, on_damage=note):
         keys += hashlib.blake2b(sample["__key__"].encode("utf-8", "surrogateescape"), digest_size=8).digest()
         for kind, text in sample_faults(sample, task.rules):
             counts[kind] += 1
             first.setdefault(kind, text)
     samples = len(keys) // 8
-    faults = [Fault(task.shard, kind, first[kind], count) for kind, count in counts.items()]
-    if told.passed_over:
-        faults.append(Fault(task.shard, "large member", told.passed_over))
-    of_shard = Fault(task.shard, "damaged", told.damage) if told.damage else _against_manifest(task, samples)
-    return Checked(([of_shard] if of_shard else []) + faults, np.frombuffer(bytes(keys), np.uint64))
+    faults = [Fault(*fault) for kind, fault in damage.items() if kind != "empty"]
+    faults += [Fault(task.shard, kind, first[kind], count) for kind, count in counts.items()]
+    against = None if "damaged" in damage else _against_manifest(task, samples)
+    return Checked(([against] if against else []) + faults, np.frombuffer(bytes(keys), np.uint64))
 
 
 def _unreadable(shard: str) -> Fault | None:

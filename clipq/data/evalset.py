@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from clipq.data.decode import Captions, decode_pil
-from clipq.data.shards import BrokenShardError, member, share_of_lane
+from clipq.data.shards import BrokenShardError, Damage, log_damage, member, share_of_lane
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +35,22 @@ class Source(Protocol):
         ...
 
 
+class _Broken:
+    """Shards that cannot be read to their ends."""
+
+    def __init__(self) -> None:
+        self._damage: list[Damage] = []
+
+    def note(self, damage: Damage) -> None:
+        log_damage(damage)
+        if damage.kind == "damaged":
+            self._damage.append(damage)
+
+    def faults(self) -> Iterator[tuple[str, bytes, BrokenShardError]]:
+        for damage in self._damage:
+            yield damage.shard, b"", BrokenShardError(damage.text)
+
+
 @dataclass(frozen=True)
 class LabelledShards:
     """Shards of image + `cls`, the number of the class."""
@@ -43,8 +59,8 @@ class LabelledShards:
     image: str = "jpg;jpeg;png;webp"
 
     def share(self, lane: int, lanes: int) -> Iterator[tuple[str, bytes, Any]]:
-        broken: list[str] = []
-        for shard, _, sample in share_of_lane(self.shards, lane=lane, lanes=lanes, on_damage=broken.append):
+        broken = _Broken()
+        for shard, _, sample in share_of_lane(self.shards, lane=lane, lanes=lanes, on_damage=broken.note):
             name = f"{sample['__key__']} of {shard}"
             data, label = member(sample, self.image), member(sample, "cls")
             if data is None or label is None:
@@ -54,8 +70,7 @@ class LabelledShards:
                 yield name, data, int(label)
             except ValueError:
                 yield name, b"", ValueError(f"its cls member {label[:20]!r} is not a class number")
-        for shard in broken:
-            yield shard, b"", BrokenShardError("the shard cannot be read to its end")
+        yield from broken.faults()
 
 
 @dataclass(frozen=True)
@@ -67,8 +82,8 @@ class CaptionedShards:
     image: str = "jpg;jpeg;png;webp"
 
     def share(self, lane: int, lanes: int) -> Iterator[tuple[str, bytes, Any]]:
-        broken: list[str] = []
-        for shard, _, sample in share_of_lane(self.shards, lane=lane, lanes=lanes, on_damage=broken.append):
+        broken = _Broken()
+        for shard, _, sample in share_of_lane(self.shards, lane=lane, lanes=lanes, on_damage=broken.note):
             name = f"{sample['__key__']} of {shard}"
             data = member(sample, self.image)
             if data is None:
@@ -78,8 +93,7 @@ class CaptionedShards:
                 yield name, data, self.captions.all(sample)
             except ValueError as error:
                 yield name, b"", error
-        for shard in broken:
-            yield shard, b"", BrokenShardError("the shard cannot be read to its end")
+        yield from broken.faults()
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,11 @@ class Faults:
     last: str = ""
     """The last fault, in words."""
 
-    def clear(self) -> None:
-        self.__init__()
+    def taken(self) -> Faults:
+        """What was counted so far; counting begins anew."""
+        taken = Faults(**vars(self))
+        vars(self).update(vars(Faults()))
+        return taken
 
     def add(self, other: Faults) -> None:
         self.samples += other.samples

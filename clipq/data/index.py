@@ -12,13 +12,12 @@ import os
 import re
 import time
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from clipq.data.parallel import over
 from clipq.data.remote import is_url
-from clipq.data.shards import BrokenShardError, Sample, read_shard
+from clipq.data.shards import BrokenShardError, Damage, read_shard
 
 log = logging.getLogger(__name__)
 
@@ -129,50 +128,13 @@ def _malformed(path: Path, shape: str) -> ValueError:
     return ValueError(f"{path} cannot be used: expected JSON such as {shape}. Delete it or write it anew")
 
 
-@dataclass
-class Told:
-    """What `read_whole` has to say of a shard."""
-
-    damage: str = ""
-    """Why the shard cannot be read to its end."""
-    passed_over: str = ""
-    """Which member is too large to be read, if any is."""
-
-
-def read_whole(shard: str, told: Told) -> Generator[Sample]:
-    """Samples of a shard, as `read_shard`; what that would log goes to `told` when they end."""
-    logger = logging.getLogger("clipq.data")
-    messages: list[str] = []
-    damaged: list[str] = []
-    listener = _Listener(messages)
-    propagate, logger.propagate = logger.propagate, False
-    logger.addHandler(listener)
-    try:
-        yield from read_shard(shard, on_damage=damaged.append)
-    finally:
-        logger.removeHandler(listener)
-        logger.propagate = propagate
-        plain = [m.removeprefix(f"shard {shard}").lstrip(": ") for m in messages]
-        passed_over = [m for m in plain if m.endswith("passed over")]
-        told.passed_over = passed_over[0] if passed_over else ""
-        told.damage = next(m for m in plain if m not in passed_over) if damaged else ""
-
-
-class _Listener(logging.Handler):
-    def __init__(self, messages: list[str]) -> None:
-        super().__init__(logging.WARNING)
-        self._messages = messages
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._messages.append(record.getMessage())
-
-
 def measure(shard: str) -> Entry | BrokenShardError:
     """Reads a shard from its first to its last byte; a BrokenShardError where it cannot be read to its end."""
-    told = Told()
-    samples = sum(1 for _ in read_whole(shard, told))
-    if told.damage:
-        return BrokenShardError(told.damage)
+    faults: list[Damage] = []
+    samples = sum(1 for _ in read_shard(shard, on_damage=faults.append))
+    for fault in faults:
+        if fault.kind == "damaged":
+            return BrokenShardError(fault.text)
     return Entry(samples, Path(shard).stat().st_size, sha256_of(shard))
 
 

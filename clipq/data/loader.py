@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from clipq.data.decode import Captions, TrainTransform
 from clipq.data.faults import Faults
 from clipq.data.order import Lane, Mix, Order, Place, Visit
-from clipq.data.shards import DataError, Sample, member, read_part
+from clipq.data.parallel import cores
+from clipq.data.shards import Damage, DataError, Sample, check_members, log_damage, member, read_part
 
 log = logging.getLogger(__name__)
 
@@ -62,29 +63,49 @@ class Source:
     """Shards of one kind, and how they are read."""
 
     shards: list[str]
-    order: Order
     captions: Captions
     image: str = "jpg;jpeg;png;webp"
     weight: float = 1.0
     """Its share of the samples, relative to the weights of the other sources."""
+    passes: int | None = None
+    """Passes over it at most; None for no end."""
+    setting: str = "data.shards"
+    """Which setting names it, for errors."""
 
-    def read(self, faults: Faults, visit: Visit, first: int) -> Iterator[tuple[int, Sample]]:
-        shard = self.shards[visit.shard]
+    def check(self) -> None:
+        """Looks at the first samples.
+
+        Raises:
+            DataError: they are not what the settings say.
+        """
+        try:
+            check_members(self.shards, self._wanted, self.captions.all)
+        except DataError as error:
+            raise DataError(f"{self.setting}: {error}") from error
+
+    def read(self, order: Order, faults: Faults, visit: Visit, first: int) -> Iterator[tuple[int, Sample]]:
+        """(index, sample) of the samples of a visit from an index on; faults are logged and counted."""
         faults.shards += 1
 
-        def broken(_: str) -> None:
-            faults.broken += 1
-            faults.last = shard
+        def damaged(damage: Damage) -> None:
+            log_damage(damage)
+            if damage.kind == "damaged":
+                faults.broken += 1
+                faults.last = damage.shard
 
         return read_part(
-            shard,
-            (self.image, self.captions.member),
+            self.shards[visit.shard],
+            self._wanted,
             part=visit.part,
-            parts=self.order.parts,
+            parts=order.parts,
             first=first,
             tell=visit.round == 0 and visit.part == 0,
-            on_damage=broken,
+            on_damage=damaged,
         )
+
+    @property
+    def _wanted(self) -> tuple[str, str]:
+        return self.image, self.captions.member
 
 
 @dataclass(frozen=True)
@@ -93,6 +114,8 @@ class TrainStream(IterableDataset):
 
     A part is {"image": [n, 3, H, W] uint8, "text": [n, context] int32, "key": [n], "at": [n] where in the batch,
     "lanes": [lanes of the process][sources] their places after it, "faults": of this part}.
+    Where the data cannot be gone on with, the last is {"error": why}: an error that crosses from a process gets its
+    traceback into the message, and is in a cycle that keeps the other processes until it is collected.
     """
 
     sources: list[Source]
@@ -103,6 +126,8 @@ class TrainStream(IterableDataset):
     lanes: int
     """Of all ranks."""
     seed: int = 0
+    shuffle: int = 1024
+    """Samples that a lane shuffles at a time."""
     rank: int = 0
     world_size: int = 1
     place: StreamPlace | None = None
@@ -131,21 +156,30 @@ class TrainStream(IterableDataset):
         encode = functools.lru_cache(maxsize=1 << 16)(self._encode)
         while True:
             at = [n for n in range(self.batch_size) if (first + n) % count in lanes]
-            pairs = [self._pair(lanes[(first + n) % count], encode, faults) for n in at]
+            try:
+                pairs = [self._pair(lanes[(first + n) % count], encode, faults) for n in at]
+            except DataError as error:
+                yield {"error": str(error)}
+                return
             places = [[tuple(lane.place) for lane in mix.lanes] for mix in lanes.values()]
-            yield {**self._stack(pairs), "at": at, "lanes": places, "faults": dataclasses.replace(faults)}
-            faults.clear()
+            yield {**self._stack(pairs), "at": at, "lanes": places, "faults": faults.taken()}
             first += self.batch_size
 
     def _lane(self, own: int, start: StreamPlace, faults: Faults) -> Mix:
         """A lane of this rank, by its number here."""
         lane = own * self.world_size + self.rank
         of_sources = [
-            Lane(source.order, lane, Place(*place), functools.partial(source.read, faults))
-            for source, place in zip(self.sources, start.lanes[own].tolist(), strict=True)
+            Lane(order, lane, Place(*place), functools.partial(source.read, order, faults))
+            for source, order, place in zip(self.sources, self._orders(), start.lanes[own].tolist(), strict=True)
         ]
         numbers = itertools.count(start.drawn + (lane - start.drawn) % self.lanes, self.lanes)
         return Mix(of_sources, [source.weight for source in self.sources], seed=self.seed, numbers=numbers)
+
+    def _orders(self) -> list[Order]:
+        return [
+            Order(len(source.shards), self.lanes, self.seed, self.shuffle, source=number, passes=source.passes)
+            for number, source in enumerate(self.sources)
+        ]
 
     def _encode(self, caption: str) -> Tensor:
         return self.tokenizer([caption])[0].to(torch.int32)
@@ -211,6 +245,9 @@ def batches(
     loader = iter(make_loader(stream, workers=workers, prefetch=prefetch))
     while True:
         parts = [next(loader) for _ in range(max(1, workers))]
+        for part in parts:
+            if "error" in part:
+                raise DataError(part["error"])
         lanes = torch.empty_like(place.lanes)
         for worker, part in enumerate(parts):
             lanes[worker :: len(parts)] = torch.tensor(part["lanes"])
@@ -243,8 +280,7 @@ def _join(parts: list[dict[str, Any]], name: str, size: int, pin_memory: bool) -
 
 def default_workers(local_world_size: int) -> int:
     """Loader processes of a rank: its share of the CPU cores less one, between 1 and 14."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(14, max(1, cores // local_world_size - 1))
+    return min(14, max(1, cores() // local_world_size - 1))
 
 
 def make_loader(

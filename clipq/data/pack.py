@@ -16,8 +16,8 @@ import numpy as np
 from clipq.data.check import image_header
 from clipq.data.decode import decode_pil
 from clipq.data.index import Entry, Indexes, measure, whole_file, write_whole
+from clipq.data.pack_sources import Piece, Record, Source
 from clipq.data.parallel import over
-from clipq.data.sources import Piece, Record, Source
 
 VERSION = 1
 """Raise it with every change of what is written: a run started before is not gone on with."""

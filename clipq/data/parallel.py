@@ -21,6 +21,11 @@ class WorkerError(RuntimeError):
     """A worker process is gone; the message says what to do."""
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def over(function: Callable[[T], R], tasks: Iterable[T], *, workers: int) -> Generator[tuple[T, R]]:
     """(task, result) of each task in the order in which they finish; one worker is this process.
 

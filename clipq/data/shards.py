@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import braceexpand
 from webdataset.tariterators import group_by_keys
 
 from clipq.data.remote import is_url, open_url, require_protocol
-from clipq.data.tar import members
+from clipq.data.tar import Damage, members
 
 log = logging.getLogger(__name__)
 
@@ -72,14 +72,15 @@ def _matches(name: str, pattern: str) -> list[str]:
     return found
 
 
-def _silent(shard: str) -> None: ...
+def log_damage(damage: Damage) -> None:
+    log.warning("shard %s: %s", damage.shard, damage.text)
 
 
-def read_shard(shard: str, *, on_damage: Callable[[str], None] = _silent) -> Iterator[Sample]:
+def read_shard(shard: str, *, on_damage: Callable[[Damage], None] = log_damage) -> Generator[Sample]:
     """Samples of a .tar or .tar.gz in the order of the file, members grouped by their key.
 
-    A shard that cannot be opened, is damaged or breaks off is logged with the number of samples read before, and ends
-    there; `on_damage` is called with its name.
+    A shard that cannot be opened, is damaged or breaks off ends there; `on_damage` is told, with the number of samples
+    read before.
     """
     count = 0
     try:
@@ -88,10 +89,10 @@ def read_shard(shard: str, *, on_damage: Callable[[str], None] = _silent) -> Ite
                 count += 1
                 yield sample
         if not count:
-            log.warning("shard %s holds no samples", shard)
+            on_damage(Damage(shard, "empty", "it holds no samples"))
     except Exception as error:  # tarfile and the unpackers raise errors of many kinds on damaged files
-        log.warning("shard %s: %s: %s; %d samples were read before", shard, type(error).__name__, error, count)
-        on_damage(shard)
+        text = f"{type(error).__name__}: {error}; {count} samples were read before"
+        on_damage(Damage(shard, "damaged", text))
 
 
 def read_part(
@@ -102,7 +103,7 @@ def read_part(
     parts: int = 1,
     first: int = 0,
     tell: bool = False,
-    on_damage: Callable[[str], None] = _silent,
+    on_damage: Callable[[Damage], None] = log_damage,
 ) -> Iterator[tuple[int, Sample]]:
     """(index in the shard, sample) of a shard's samples that have what is wanted, in the order of the file.
 
@@ -171,7 +172,7 @@ def check_members(shards: list[str], wanted: tuple[str, ...], captions: Callable
     if not any(is_url(s) for s in shards):
         where = shards[0] if len(shards) == 1 else f"any of {len(shards)} shards, such as {shards[0]}"
         raise DataError(
-            f"data.shards: no sample could be read from {where}: expected .tar or .tar.gz files of images and captions "
+            f"no sample could be read from {where}: expected .tar or .tar.gz files of images and captions "
             "(see the warnings before)"
         )
 
@@ -192,7 +193,7 @@ def member(sample: Sample, extensions: str) -> bytes | None:
 
 
 def share_of_lane(
-    shards: list[str], *, lane: int, lanes: int, on_damage: Callable[[str], None] = _silent
+    shards: list[str], *, lane: int, lanes: int, on_damage: Callable[[Damage], None] = log_damage
 ) -> Iterator[tuple[str, int, Sample]]:
     """Each sample of the shards exactly once over all lanes, for evaluation, as (shard, index in the shard, sample).
 
@@ -203,6 +204,6 @@ def share_of_lane(
     sharing = range(first, lanes, len(shards))
     turn = sharing.index(lane)
     for shard in shards[first::lanes]:
-        for index, sample in enumerate(read_shard(shard, on_damage=_silent if turn else on_damage)):
+        for index, sample in enumerate(read_shard(shard, on_damage=log_damage if turn else on_damage)):
             if index % len(sharing) == turn:
                 yield shard, index, sample

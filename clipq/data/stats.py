@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from clipq.data.check import Rules, image_header, sample_faults
-from clipq.data.index import Told, read_whole
 from clipq.data.parallel import over
-from clipq.data.shards import Sample, member
+from clipq.data.shards import Damage, Sample, member, read_shard
 
 PICKED = 48
 """Samples on the contact sheet."""
@@ -106,11 +105,11 @@ def look(shards: list[str], rules: Rules, *, each: int | None = None, workers: i
 def _look(task: tuple[str, Rules, int | None]) -> Stats:
     shard, rules, each = task
     stats = Stats(shards=1, bytes=Path(shard).stat().st_size)
-    told = Told()
-    with contextlib.closing(read_whole(shard, told)) as samples:
+    damage: list[Damage] = []
+    with contextlib.closing(read_shard(shard, on_damage=damage.append)) as samples:
         for index, sample in enumerate(itertools.islice(samples, each)):
             _count(stats, sample, f"{Path(shard).name} {index}", rules)
-    if told.damage:
+    if any(fault.kind == "damaged" for fault in damage):
         stats.faults["damaged"] += 1
     return stats
 

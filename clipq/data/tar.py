@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import gzip
 import io
-import logging
 import re
 import tarfile
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, Self, cast
-
-log = logging.getLogger(__name__)
+from typing import Any, BinaryIO, NamedTuple, Self, cast
 
 BLOCK = 512
 READ_AHEAD = 1 << 20
@@ -22,11 +19,21 @@ MAX_MEMBER = 256 << 20
 """Bytes; a larger member is passed over: a few kB of gzip can hold gigabytes of zeros."""
 MAX_PASSED_OVER = 16 << 30
 """Bytes of such members in an archive."""
-_META = re.compile(r"__[^/]*__($|/)")
+NO_END = "it has no end mark: it may have been cut short"
+META = re.compile(r"__[^/]*__($|/)")
 """Member names that webdataset reserves for what is no sample."""
 _PLAIN_NUMBER = re.compile(rb"[0-7]+[\0 ]*")
 _FILE, _PAX, _EMPTY = b"0\0", b"x", b"12345"
 """Types of members: a file, attributes of the next member, and those without content."""
+
+
+class Damage(NamedTuple):
+    """What is wrong with a shard."""
+
+    shard: str
+    kind: str
+    """"damaged" where samples may be missing, "large member" where one is passed over, "empty"."""
+    text: str
 
 
 class _Stream(io.RawIOBase):
@@ -46,7 +53,7 @@ class _Stream(io.RawIOBase):
         return len(data)
 
 
-class _Header(tarfile.TarInfo):
+class StrictHeader(tarfile.TarInfo):
     """A header whose damage is an error: tarfile itself takes it for the end of the archive, without a word."""
 
     @classmethod
@@ -57,13 +64,13 @@ class _Header(tarfile.TarInfo):
             raise tarfile.ReadError(f"a header is damaged: {error}") from error
 
 
-def members(shard: str, stream: Any, on_damage: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+def members(shard: str, stream: Any, on_damage: Callable[[Damage], None]) -> Iterator[dict[str, Any]]:
     """{"fname", "data", "__url__"} of each file in an archive, plain or packed, but those named `__…__`.
 
     Args:
         shard: its name.
         stream: has `read`.
-        on_damage: called with the name of the shard where it may have been cut short.
+        on_damage: called where the archive may have been cut short, and for each member that is passed over.
 
     Raises:
         tarfile.ReadError, EOFError, OSError, zlib.error: the archive is damaged, or goes on after its end mark.
@@ -90,7 +97,8 @@ def members(shard: str, stream: Any, on_damage: Callable[[str], None]) -> Iterat
             continue
         if size > MAX_MEMBER and kind in _FILE:
             passed_over += size
-            _pass_over(shard, buffered, header, size, passed_over)
+            name = _pass_over(buffered, header, size, passed_over)
+            on_damage(Damage(shard, "large member", f"{name} is of {size:,} bytes: passed over"))
             attributes = b""
             continue
         padded = -(-size // BLOCK) * BLOCK
@@ -105,11 +113,11 @@ def members(shard: str, stream: Any, on_damage: Callable[[str], None]) -> Iterat
             continue
         attributes = b""
         name = header[: header.find(b"\0", 0, 100) if b"\0" in header[:100] else 100].decode("utf-8", "surrogateescape")
-        if not _META.match(name):
+        if not META.match(name):
             yield {"fname": name, "data": data[:size], "__url__": shard}
         if len(data) < padded:
             raise tarfile.ReadError(f"it ends in the padding of {name}")
-    _tell_of_no_end(shard, on_damage)
+    on_damage(Damage(shard, "damaged", NO_END))
 
 
 def _size(header: bytes) -> int | None:
@@ -129,36 +137,32 @@ def _harmless(attributes: bytes) -> bool:
     return not any(word in attributes for word in (b" path=", b" size=", b" GNU.", b"hdrcharset"))
 
 
-def _pass_over(shard: str, stream: BinaryIO, header: bytes, size: int, so_far: int) -> None:
+def _pass_over(stream: BinaryIO, header: bytes, size: int, so_far: int) -> str:
+    """Its name."""
     name = header[:100].rstrip(b"\0").decode("utf-8", "replace")
     if so_far > MAX_PASSED_OVER:
         raise tarfile.ReadError(f"{name} is of {size:,} bytes, and others were too large before")
-    log.warning("shard %s: %s is of %s bytes: passed over", shard, name, f"{size:,}")
     left = -(-size // BLOCK) * BLOCK
     while left and (data := stream.read(min(left, READ_AHEAD))):
         left -= len(data)
     if left:
         raise tarfile.ReadError(f"it ends in {name}")
+    return name
 
 
-def _by_tarfile(shard: str, stream: Any, on_damage: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+def _by_tarfile(shard: str, stream: Any, on_damage: Callable[[Damage], None]) -> Iterator[dict[str, Any]]:
     """As `members`, for any archive."""
-    archive: Any = tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header)  # noqa: SIM115 (the caller's stream)
+    archive: Any = tarfile.open(fileobj=stream, mode="r|*", tarinfo=StrictHeader)  # noqa: SIM115 (the caller's stream)
     while (info := archive.next()) is not None:
         archive.members = []  # it would keep every header
         if info.issparse():
             raise tarfile.ReadError(f"{info.name} is a sparse file, which can unpack to any size")
         if info.size > MAX_MEMBER:
             raise tarfile.ReadError(f"{info.name} is of {info.size:,} bytes")
-        if info.isreg() and not _META.match(info.name):
+        if info.isreg() and not META.match(info.name):
             yield {"fname": info.name, "data": archive.extractfile(info).read(), "__url__": shard}
     if archive.fileobj.tell() == archive.offset:
-        _tell_of_no_end(shard, on_damage)
+        on_damage(Damage(shard, "damaged", NO_END))
     while rest := archive.fileobj.read(READ_AHEAD):
         if rest.strip(b"\0"):
             raise tarfile.ReadError("there is an end mark, but the archive goes on after it")
-
-
-def _tell_of_no_end(shard: str, on_damage: Callable[[str], None]) -> None:
-    log.warning("shard %s has no end mark: it may have been cut short", shard)
-    on_damage(shard)

@@ -10,7 +10,7 @@ import torch
 
 from clipq.build import build_model, build_optimizer, build_schedule
 from clipq.build_backend import convert
-from clipq.build_data import SourceFiles, build_captions, build_stream, find_sources
+from clipq.build_data import build_captions, build_stream, find_sources
 from clipq.config.checks import ConfigError
 from clipq.config.choices import Decay, Fp8, Optimizer, Recipe
 from clipq.config.data import AugmentConfig, CaptionConfig, DataConfig, SourceConfig
@@ -18,7 +18,6 @@ from clipq.config.groups import BackendConfig, LogConfig, ModelConfig, OptimConf
 from clipq.config.schema import TrainJob
 from clipq.data.decode import Captions, TrainTransform
 from clipq.data.loader import Source
-from clipq.data.order import Order
 from clipq.dist.env import DistEnv
 from clipq.lowp import LowpLinear
 from clipq.model.clip import create_model
@@ -109,8 +108,7 @@ def test_stream(shards: list[str], arch: Path) -> None:
         shuffle=17,
     )
     stream = build_stream(config, find_sources(config), 6, clip, SECOND_OF_THREE, batch_size=12, seed=5)
-    order = Order(len(shards) - 1, 6, 5, 17)
-    assert stream.sources == [Source(shards[1:], order, Captions("json.captions"), "png;gif")]
+    assert stream.sources == [Source(shards[1:], Captions("json.captions"), "png;gif")]
     assert stream.transform == TrainTransform(
         size=(24, 24),
         interpolation="bicubic",
@@ -123,7 +121,7 @@ def test_stream(shards: list[str], arch: Path) -> None:
     )
     assert stream.tokenizer is clip.tokenizer
     assert stream.batch_size == 4, "the share of one of three ranks"
-    assert (stream.rank, stream.world_size, stream.lanes, stream.seed) == (1, 3, 6, 5)
+    assert (stream.rank, stream.world_size, stream.lanes, stream.seed, stream.shuffle) == (1, 3, 6, 5, 17)
 
 
 def test_sources(shards: list[str]) -> None:
@@ -137,8 +135,8 @@ def test_sources(shards: list[str]) -> None:
         },
     )
     assert find_sources(config) == [
-        SourceFiles("a", shards[:2], Captions("txt"), "png", 3.0, 2),
-        SourceFiles("b", shards[2:3], Captions("json.captions"), "gif"),
+        Source(shards[:2], Captions("txt"), "png", 3.0, 2, "data.sources.a"),
+        Source(shards[2:3], Captions("json.captions"), "gif", setting="data.sources.b"),
     ]
     for wrong in ({"shards": shards}, {"sources": {}}):
         with pytest.raises(ConfigError, match="exactly one of them"):

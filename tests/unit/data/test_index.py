@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 from contextlib import closing
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 
 import clipq.data.index as module
-from clipq.data.index import INDEX, Entry, Told, index_shards, read_counts, read_index, read_whole
+from clipq.data.index import INDEX, Entry, index_shards, read_counts, read_index
 from clipq.data.shards import BrokenShardError
 from tests.helpers import colour_samples, write_shard
 
@@ -128,17 +127,6 @@ def test_a_failed_write_leaves_the_index_as_it_was(shards: list[str], monkeypatc
         indexed(shards)
     assert (folder / INDEX).read_bytes() == before
     assert not list(folder.glob(".*"))
-
-
-def test_reading_whole_tells_instead_of_logging(shards: list[str], caplog: pytest.LogCaptureFixture) -> None:
-    told = Told()
-    assert len(list(read_whole(shards[0], told))) == 20
-    assert told == Told()
-    packed = gzip.compress(Path(shards[0]).read_bytes())
-    Path(shards[0]).write_bytes(packed[: len(packed) // 2])
-    count = len(list(read_whole(shards[0], told)))
-    assert f"{count} samples were read before" in told.damage
-    assert not caplog.records
 
 
 def put(folder: Path, **files: Any) -> None:

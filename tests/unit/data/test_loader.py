@@ -23,7 +23,7 @@ from clipq.build_data import train_batches
 from clipq.config.data import DataConfig
 from clipq.data.decode import Captions, TrainTransform
 from clipq.data.loader import Source, StreamPlace, TrainStream, batches, default_workers
-from clipq.data.order import Order, usual_lanes
+from clipq.data.order import usual_lanes
 from clipq.data.shards import DataError
 from clipq.dist.env import DistEnv
 from tests.helpers import COLOURS, colour_samples, colour_shards, encode, picture, write_shard
@@ -48,12 +48,15 @@ def stream(
     **options: object,
 ) -> TrainStream:
     lanes = lanes or usual_lanes(len(shards), options.get("world_size", 1))  # pyright: ignore
-    source = Source(shards, Order(len(shards), lanes, seed, shuffle), captions, image)
-    return mixed([source], lanes=lanes, seed=seed, **options)
+    return mixed([Source(shards, captions, image)], lanes=lanes, seed=seed, shuffle=shuffle, **options)
 
 
 def mixed(sources: list[Source], **options: object) -> TrainStream:
-    settings = {"batch_size": 6, "transform": TrainTransform((8, 8), flip=0.5, scale=(0.5, 1.0))} | options
+    settings = {
+        "batch_size": 6,
+        "shuffle": 8,
+        "transform": TrainTransform((8, 8), flip=0.5, scale=(0.5, 1.0)),
+    } | options
     return TrainStream(sources, tokenizer=tokenizer, **settings)  # pyright: ignore
 
 
@@ -170,8 +173,8 @@ def test_what_is_random_about_a_sample_is_its_own(shards: list[str]) -> None:
 @pytest.fixture
 def two_sources(shards: list[str]) -> list[Source]:
     """The first has twice the second's weight and two passes: 2 of 48 samples, while 25 are the others' pass."""
-    first = Source(shards[:3], Order(3, 4, 0, 8, source=0, passes=2), TEXT, "png", weight=2.0)
-    second = Source(shards[3:], Order(2, 4, 0, 8, source=1), Captions("json.captions"), "png", weight=1.0)
+    first = Source(shards[:3], TEXT, "png", weight=2.0, passes=2)
+    second = Source(shards[3:], Captions("json.captions"), "png", weight=1.0)
     return [first, second]
 
 
@@ -197,9 +200,17 @@ def test_a_mixture_goes_on_from_its_place(two_sources: list[Source], start: int)
         assert same(taken(s.starting_at(whole[start - 1]["place"]), 26 - start, workers), whole[start:])
 
 
+def test_a_source_is_named_where_it_is_wrong(shards: list[str]) -> None:
+    Source(shards, TEXT, "png").check()
+    for image, says in (("png", "no caption in its first samples"), ("gif", "has no sample with gif")):
+        source = Source(shards, Captions("json.of"), image, setting="data.sources.b")
+        with pytest.raises(ValueError, match=rf"^data\.sources\.b: shard .*{says}"):
+            source.check()
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_data_that_is_used_up_is_told(shards: list[str], workers: int) -> None:
-    source = Source(shards, Order(5, 4, 0, 8, passes=1), TEXT, "png")
+    source = Source(shards, TEXT, "png", passes=1)
     with pytest.raises(ValueError, match="the data is used up: every source has had all its passes"):
         taken(mixed([source], lanes=4), 20, workers)
 

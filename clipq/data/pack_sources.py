@@ -18,7 +18,7 @@ from webdataset.tariterators import group_by_keys
 
 from clipq.data.evalset import IMAGE_SUFFIXES, ImageFolder
 from clipq.data.parallel import over
-from clipq.data.tar import _META, BLOCK, MAX_MEMBER, READ_AHEAD, _Header
+from clipq.data.tar import BLOCK, MAX_MEMBER, META, NO_END, READ_AHEAD, StrictHeader
 
 
 class Piece(NamedTuple):
@@ -214,7 +214,7 @@ def _members(path: str, faults: list[str]) -> Iterator[dict[str, Any]]:
     """As `tar.members`, with places for bytes. Only headers are read."""
     archive: Any
     size = Path(path).stat().st_size
-    with tarfile.open(path, "r:", tarinfo=_Header) as archive:
+    with tarfile.open(path, "r:", tarinfo=StrictHeader) as archive:
         while (info := archive.next()) is not None:
             archive.members = []  # it would keep every header
             if info.issparse():
@@ -223,13 +223,13 @@ def _members(path: str, faults: list[str]) -> Iterator[dict[str, Any]]:
                 raise tarfile.ReadError("unexpected end of data")
             if info.size > MAX_MEMBER:
                 faults.append(f"{info.name} is of {info.size:,} bytes: passed over")
-            elif info.isreg() and not _META.match(info.name):
+            elif info.isreg() and not META.match(info.name):
                 yield {"fname": info.name, "data": Piece(path, info.offset_data, info.size), "__url__": path}
         stream = archive.fileobj
         stream.seek(archive.offset)
         rest = stream.read(BLOCK)
         if not rest:
-            faults.append("it has no end mark: it may have been cut short")
+            faults.append(NO_END)
         while rest:
             if rest.strip(b"\0"):
                 raise tarfile.ReadError("there is an end mark, but the archive goes on after it")
