@@ -239,11 +239,11 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
         config=yaml,
         architecture=clip.openclip_json(),
     )
-    shards = [source.shards for source in sources]
-    order = {"shards": sum(map(len, shards)), "shard_names": names_digest(shards)}
+    shards = {source.setting: source.shards for source in sources}
+    order = {"shards": sum(map(len, shards.values())), "shard_names": names_digest(shards)}
     with reported_as_config_error():
         lanes = resume(checkpoints, state, env, order, job.data.lanes)
-    lanes = lanes or usual_lanes(max(map(len, shards)), env.world_size)
+    lanes = lanes or usual_lanes(max(map(len, shards.values())), env.world_size)
     stream = build_stream(job.data, sources, lanes, clip, env, batch_size=job.batch_size, seed=job.seed)
     workers = loader_processes(job.data, lanes, env)
     model = parallelize(clip.model, job.parallel, env)

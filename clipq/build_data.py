@@ -8,6 +8,7 @@ from typing import Any
 
 from clipq.config.data import CaptionConfig, DataConfig
 from clipq.data.decode import Captions, TrainTransform
+from clipq.data.index import read_counts
 from clipq.data.loader import Source, StreamPlace, TrainStream, batches, default_workers
 from clipq.data.shards import DataError, expand
 from clipq.dist.env import DistEnv
@@ -29,22 +30,28 @@ def find_sources(config: DataConfig) -> list[Source]:
     """The sources of the training data.
 
     Raises:
-        FileNotFoundError, ValueError: as of `expand`.
+        FileNotFoundError, ValueError: as of `expand` and `read_counts`.
     """
     captions = build_captions(config.caption)
     if config.shards is not None:
-        return [Source(expand(config.shards), captions, config.image)]
-    return [
-        Source(
-            expand(source.shards),
-            captions if source.caption is None else build_captions(source.caption),
-            source.image or config.image,
-            weight=source.weight,
-            passes=source.passes,
-            setting=f"data.sources.{name}",
+        shards = expand(config.shards)
+        return [Source(shards, captions, config.image, counts=read_counts(shards))]
+    sources: list[Source] = []
+    for name, source in config.sources.items():
+        shards = expand(source.shards)
+        own = captions if source.caption is None else build_captions(source.caption)
+        sources.append(
+            Source(
+                shards,
+                own,
+                source.image or config.image,
+                weight=source.weight,
+                passes=source.passes,
+                counts=read_counts(shards),
+                setting=f"data.sources.{name}",
+            )
         )
-        for name, source in config.sources.items()
-    ]
+    return sources
 
 
 def build_stream(

@@ -215,7 +215,7 @@ def _summary(stats: Stats) -> list[str]:
 def _make(arguments: argparse.Namespace, console: Console) -> int:
     from clipq.data.index import write_whole
     from clipq.data.pack import pack
-    from clipq.data.pack_sources import ClassFolder
+    from clipq.data.pack_sources import ClassFolder, Shards
 
     output: Path = arguments.output
     work = output / ".unpacked"
@@ -239,11 +239,13 @@ def _make(arguments: argparse.Namespace, console: Console) -> int:
             write_whole(output / "classnames.txt", "".join(f"{name}\n" for name in source.names).encode())
     if not samples:
         return _fail(console, f"none of {len(source):,} samples could be read: see the lines before", 1)
+    damaged = len(source.damage) if isinstance(source, Shards) else 0
     console.close()
     print(
         f"{shards:,} shards with {samples:,} samples are in {output}; {len(source) - samples:,} samples were left out"
+        + (f", and {damaged:,} of the sources are damaged" if damaged else "")
     )
-    return 0
+    return 1 if damaged else 0
 
 
 @contextlib.contextmanager

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections import Counter
+import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,8 +22,29 @@ log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
-FAULTS = ("failed", "broken_shards")
-"""What a batch counts of what could not be evaluated: images, and shards that could not be read to their end."""
+
+@dataclass
+class EvalFaults:
+    """What could not be evaluated."""
+
+    failed: int = 0
+    """Images."""
+    broken: set[str] = field(default_factory=set)
+    """Shards that could not be read to their end. Several lanes may read the same."""
+
+    def add(self, other: EvalFaults) -> None:
+        self.failed += other.failed
+        self.broken |= other.broken
+
+    @classmethod
+    def of_all(cls, ranks: list[EvalFaults]) -> EvalFaults:
+        whole = cls()
+        for rank in ranks:
+            whole.add(rank)
+        return whole
+
+    def metrics(self) -> dict[str, int]:
+        return {"failed": self.failed, "broken_shards": len(self.broken)}
 
 
 class Source(Protocol):
@@ -96,9 +117,13 @@ class CaptionedShards:
         yield from broken.faults()
 
 
+_HIDDEN = re.compile(r"\.|__MACOSX$")
+
+
 @dataclass(frozen=True)
 class ImageFolder:
-    """One sub-folder for each class; class n is the n-th sub-folder in the order of their names."""
+    """One sub-folder for each class; class n is the n-th sub-folder in the order of their names. Hidden ones are none,
+    nor is what macOS leaves in archives."""
 
     folder: str
 
@@ -109,7 +134,7 @@ class ImageFolder:
             FileNotFoundError: no such folder, or no sub-folders in it.
         """
         root = Path(self.folder).expanduser()
-        found = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+        found = [p for p in sorted(root.iterdir()) if p.is_dir() and not _HIDDEN.match(p.name)] if root.is_dir() else []
         if not found:
             raise FileNotFoundError(f"{root}: expected a folder with one sub-folder of images for each class")
         return found
@@ -146,8 +171,8 @@ def first_targets(source: Source, count: int = 100) -> list[Any]:
 
 @dataclass(frozen=True)
 class EvalStream(IterableDataset):
-    """Batches of this rank's share: {"image": [B, 3, H, W], "target": list of B, "failed": int, "broken_shards":
-    int}; the last may have no images but counts."""
+    """Batches of this rank's share: {"image": [B, 3, H, W], "target": list of B, "faults": EvalFaults}; the last may
+    have no images but faults."""
 
     source: Source
     transform: Callable[[Image.Image], Tensor]
@@ -159,7 +184,7 @@ class EvalStream(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
         workers, worker = (info.num_workers, info.id) if info else (1, 0)
-        images, targets, counts = [], [], Counter()
+        images, targets, faults = [], [], EvalFaults()
         for name, data, target in self.source.share(self.rank * workers + worker, self.world_size * workers):
             try:
                 if isinstance(target, ValueError):
@@ -167,17 +192,17 @@ class EvalStream(IterableDataset):
                 images.append(self.transform(decode_pil(data)))
                 targets.append(target)
             except BrokenShardError:  # whoever read it has said why
-                counts["broken_shards"] += 1
+                faults.broken.add(name)
             except ValueError as error:
                 log.warning("sample %s cannot be evaluated: %s", name, error)
-                counts["failed"] += 1
+                faults.failed += 1
             if len(images) == self.batch_size:
-                yield _batch(images, targets, counts)
-                images, targets, counts = [], [], Counter()
-        if images or counts:
-            yield _batch(images, targets, counts)
+                yield _batch(images, targets, faults)
+                images, targets, faults = [], [], EvalFaults()
+        if images or faults != EvalFaults():
+            yield _batch(images, targets, faults)
 
 
-def _batch(images: list[Tensor], targets: list[Any], counts: Counter[str]) -> dict[str, Any]:
+def _batch(images: list[Tensor], targets: list[Any], faults: EvalFaults) -> dict[str, Any]:
     stacked = torch.stack(images) if images else torch.empty(0)
-    return {"image": stacked, "target": targets, **{name: counts[name] for name in FAULTS}}
+    return {"image": stacked, "target": targets, "faults": faults}

@@ -9,6 +9,9 @@ from clipq.data.shards import DataError
 GRACE = 5
 """Faults of a kind that every run may have: one in the first ten samples is no sign of anything."""
 
+RECENT_SAMPLES, RECENT_SHARDS = 100_000, 1000
+"""Counts that become larger are halved: an old run has to notice too that its data have gone."""
+
 
 @dataclass
 class Faults:
@@ -18,12 +21,18 @@ class Faults:
     """That were asked for."""
     unreadable: int = 0
     """Of these, in whose place another came."""
+    missing: int = 0
+    """Samples of broken shards, as far as manifests tell, in whose place others came."""
     shards: int = 0
     """That were opened, each once a visit."""
     broken: int = 0
     """Of these, that are missing, damaged or cut short."""
     last: str = ""
     """The last fault, in words."""
+
+    @property
+    def total(self) -> int:
+        return self.unreadable + self.missing + self.broken
 
     def taken(self) -> Faults:
         """What was counted so far; counting begins anew."""
@@ -32,14 +41,12 @@ class Faults:
         return taken
 
     def add(self, other: Faults) -> None:
-        self.samples += other.samples
-        self.unreadable += other.unreadable
-        self.shards += other.shards
-        self.broken += other.broken
+        for name in ("samples", "unreadable", "missing", "shards", "broken"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
         self.last = other.last or self.last
 
     def check(self, most: float) -> None:
-        """Ends a run that would train on what little of its data can be read.
+        """Ends a run that would train on what little of its data can be read. Of long runs the recent past counts.
 
         Args:
             most: share of the samples, and of the shards, that may be lost.
@@ -47,9 +54,13 @@ class Faults:
         Raises:
             DataError: more are lost.
         """
+        if self.samples > RECENT_SAMPLES:
+            self.samples, self.unreadable = self.samples // 2, self.unreadable // 2
+        if self.shards > RECENT_SHARDS:
+            self.shards, self.broken = self.shards // 2, self.broken // 2
         for what, lost, of in (("samples", self.unreadable, self.samples), ("shards", self.broken, self.shards)):
             if lost > GRACE + most * of:
                 raise DataError(
-                    f"{lost:,} of {of:,} {what} could not be read, the last of them {self.last} (see the warnings "
-                    f"before). Mend the data, or set data.max_lost, now {most:g}, to the share that may be lost"
+                    f"{lost:,} of the last {of:,} {what} could not be read, at last {self.last} (see the warnings): "
+                    f"mend the data, or set data.max_lost, now {most:g}, to the share that may be lost"
                 )

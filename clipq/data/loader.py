@@ -6,6 +6,7 @@ of the lanes, and hand over their part of every batch.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -22,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from clipq.data.decode import Captions, TrainTransform
 from clipq.data.faults import Faults
-from clipq.data.order import Lane, Mix, Order, Place, Visit
+from clipq.data.order import Item, Lane, Mix, Order, Place, Visit
 from clipq.data.parallel import cores
 from clipq.data.shards import Damage, DataError, Sample, check_members, log_damage, member, read_part
 
@@ -31,8 +32,6 @@ log = logging.getLogger(__name__)
 Tokenizer = Callable[[list[str]], Tensor]
 Pair = tuple[Tensor, Tensor, str]
 """Image, tokens and key."""
-SPARES = 16
-"""Samples tried in place of one that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,9 @@ class Source:
     """Its share of the samples, relative to the weights of the other sources."""
     passes: int | None = None
     """Passes over it at most; None for no end."""
+    counts: list[int | None] | None = None
+    """Samples of each shard as manifests have it. A shard that cannot be read to its end then shifts no other sample:
+    spares come in the places of those that it lacks."""
     setting: str = "data.shards"
     """Which setting names it, for errors."""
 
@@ -83,7 +85,7 @@ class Source:
         except DataError as error:
             raise DataError(f"{self.setting}: {error}") from error
 
-    def read(self, order: Order, faults: Faults, visit: Visit, first: int) -> Iterator[tuple[int, Sample]]:
+    def read(self, order: Order, faults: Faults, visit: Visit, first: int) -> Iterator[tuple[int, Sample | None]]:
         """(index, sample) of the samples of a visit from an index on; faults are logged and counted."""
         faults.shards += 1
 
@@ -99,6 +101,7 @@ class Source:
             part=visit.part,
             parts=order.parts,
             first=first,
+            count=self.counts[visit.shard] if self.counts else None,
             tell=visit.round == 0 and visit.part == 0,
             on_damage=damaged,
         )
@@ -153,7 +156,7 @@ class TrainStream(IterableDataset):
         lanes = {own: self._lane(own, self.place, faults) for own in range(worker, count, workers)}
         # sample g of all ranks is of lane g mod L, and rank r has those with g mod ranks = r
         first = -(-(self.place.drawn - self.rank) // self.world_size)
-        encode = functools.lru_cache(maxsize=1 << 16)(self._encode)
+        encode = functools.lru_cache(maxsize=1 << 12)(self._encode)
         while True:
             at = [n for n in range(self.batch_size) if (first + n) % count in lanes]
             try:
@@ -192,28 +195,40 @@ class TrainStream(IterableDataset):
         """
         lane, item = mix.draw()
         faults.samples += 1
-        source = self.sources[lane.order.source]
-        for n in range(SPARES):
-            sample = item.sample
-            # what is random about a sample is its own: neither order nor processes change it
-            own = f"{self.seed} {lane.order.source} {item.visit.round} {item.visit.shard} {item.index}"
-            rng = random.Random(own)
-            try:
-                data = member(sample, source.image)
-                assert data is not None  # read_part lets no other sample through
-                image, text = self.transform(data, rng), encode(source.captions.one(sample, rng))
-                return image, text, f"{sample['__url__']}/{sample['__key__']}"
-            except ValueError as error:
+        try:
+            return self._made(lane, item, encode)
+        except ValueError as error:
+            if item.sample is None:
+                faults.missing += 1
+            else:
                 faults.unreadable += 1
-                faults.last = f"{sample['__key__']} of {sample['__url__']}"
+                faults.last = f"{item.sample['__key__']} of {item.sample['__url__']}"
                 log.warning("sample %s left out: %s", faults.last, error)
-            spare = lane.spare(random.Random(f"{own} {n}"))
-            if spare is None:
-                break
-            item = spare
+        for spare in lane.spares(item, random.Random(f"{self._own(lane, item)} spare")):
+            with contextlib.suppress(ValueError):
+                return self._made(lane, spare, encode)
         raise DataError(
             f"sample {faults.last} cannot be read, and nor can those tried in its place (see the warnings before)"
         )
+
+    def _made(self, lane: Lane, item: Item, encode: Callable[[str], Tensor]) -> Pair:
+        """A sample as a pair.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        sample, source = item.sample, self.sources[lane.order.source]
+        if sample is None:
+            raise ValueError("it is missing")
+        data = member(sample, source.image)
+        assert data is not None  # read_part lets no other sample through
+        rng = random.Random(self._own(lane, item))
+        image, text = self.transform(data, rng), encode(source.captions.one(sample, rng))
+        return image, text, f"{sample['__url__']}/{sample['__key__']}"
+
+    def _own(self, lane: Lane, item: Item) -> str:
+        """What is random about a sample is its own: neither order nor processes change it."""
+        return f"{self.seed} {lane.order.source} {item.visit.round} {item.visit.shard} {item.index}"
 
     def _stack(self, pairs: Sequence[Pair]) -> dict[str, Any]:
         if not pairs:  # more processes than pairs in a batch
@@ -252,7 +267,6 @@ def batches(
         for worker, part in enumerate(parts):
             lanes[worker :: len(parts)] = torch.tensor(part["lanes"])
         place = StreamPlace(place.drawn + stream.batch_size * stream.world_size, lanes)
-        before = faults.unreadable + faults.broken
         for part in parts:
             faults.add(part["faults"])
         faults.check(max_lost)
@@ -262,7 +276,7 @@ def batches(
             "text": _join(parts, "text", stream.batch_size, pin_memory),
             "key": [keys[n] for n in range(stream.batch_size)],
             "place": place,
-            "lost": faults.unreadable + faults.broken - before,
+            "lost": sum(part["faults"].total for part in parts),
         }
 
 

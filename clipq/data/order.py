@@ -13,6 +13,7 @@ Of several sources each has an order of its own, and a lane takes its samples fr
 
 from __future__ import annotations
 
+import bisect
 import functools
 import itertools
 import random
@@ -27,6 +28,8 @@ from clipq.data.shards import DataError, Sample
 USUAL_LANES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)
 """Numbers of lanes that many numbers of ranks and of processes divide."""
 GOLDEN = (5**0.5 - 1) / 2
+SPARES = 16
+"""Samples at hand, and then further shards, tried in place of a sample that cannot be used."""
 FIRST_BLOCK = 16
 """Samples in a lane's first block. Each block is twice the one before, up to the whole: the first batch comes early."""
 
@@ -66,7 +69,8 @@ class Item(NamedTuple):
     """Of the visit, counted in its lane."""
     visit: Visit
     index: int
-    sample: Sample
+    sample: Sample | None
+    """None where the shard is known to hold one that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,9 @@ class UsedUpError(Exception):
     """A source has had all its passes."""
 
 
+Read = Callable[[Visit, int], Iterator[tuple[int, Sample | None]]]
+
+
 class Lane:
     """The samples of a source in a lane, from a place on.
 
@@ -122,9 +129,7 @@ class Lane:
         read: gives (index, sample) of those samples of a visit whose index is at least a given one, in order.
     """
 
-    def __init__(
-        self, order: Order, lane: int, place: Place, read: Callable[[Visit, int], Iterator[tuple[int, Sample]]]
-    ) -> None:
+    def __init__(self, order: Order, lane: int, place: Place, read: Read) -> None:
         self.order = order
         self._lane, self._read = lane, read
         self._items = self._all(place.visit, place.index)
@@ -136,6 +141,7 @@ class Lane:
         self._next: list[Item] = []
         self._begins = place.visit, place.index
         self._opened = False
+        self._first = functools.lru_cache(maxsize=SPARES)(self._first_of)
 
     @property
     def place(self) -> Place:
@@ -154,7 +160,7 @@ class Lane:
                 self._left[turn] = None
             self._read_ahead()
             self._opened = True
-        if self._done == len(self._left):
+        if self._done >= len(self._left):  # more, where the shards have fewer samples than before a resumption
             if not self._next:
                 raise UsedUpError
             self._block += 1
@@ -170,10 +176,19 @@ class Lane:
         self._read_ahead()
         return item
 
-    def spare(self, rng: random.Random) -> Item | None:
-        """One of the samples at hand, which stays there, to stand for one that cannot be used; None without any."""
-        at_hand = [item for item in (*self._left, *self._next) if item is not None]
-        return rng.choice(at_hand) if at_hand else None
+    def spares(self, item: Item, rng: random.Random) -> Iterator[Item]:
+        """Samples that may stand for one that cannot be used, those to try first at first: some of those at hand, which
+        keep their places, and the first of each of the next visits."""
+        at_hand = [other for other in (*self._left, *self._next) if other is not None and other.sample is not None]
+        yield from rng.sample(at_hand, min(len(at_hand), SPARES))
+        for number in range(item.number + 1, item.number + 1 + SPARES):
+            first = self._first(number)
+            if first is not None:
+                yield first
+
+    def _first_of(self, number: int) -> Item | None:
+        visit = self.order.visit(self._lane, number)
+        return next((Item(number, visit, *read) for read in self._read(visit, 0) if read[1] is not None), None)
 
     def _open(self, items: list[Item]) -> None:
         self._left = list(items)
@@ -211,7 +226,7 @@ class Mix:
 
     def __init__(self, lanes: list[Lane], weights: list[float], *, seed: int, numbers: Iterator[int]) -> None:
         self.lanes = lanes
-        self._weights = list(weights)
+        self._weights = weights
         self._start = random.Random(seed).random()
         self._numbers = numbers
 
@@ -223,13 +238,16 @@ class Mix:
         """
         # multiples of the golden ratio, whose fractions cover any share of [0, 1) evenly
         at = (self._start + next(self._numbers) * GOLDEN) % 1
-        while total := sum(self._weights):
-            point = at * total
-            source = next(i for i, upto in enumerate(itertools.accumulate(self._weights)) if upto > point)
+        weights = list(self._weights)
+        while any(weights):
+            ends = list(itertools.accumulate(weights))
+            source = bisect.bisect_right(ends, at * ends[-1], hi=max(n for n, w in enumerate(weights) if w))
+            lane = self.lanes[source]
             try:
-                item = self.lanes[source].draw()
+                return lane, lane.draw()
             except UsedUpError:
-                self._weights[source] = 0.0
-                continue
-            return self.lanes[source], item
+                # The others share what falls to it, by where in its share the point is. Nothing is kept of this: a
+                # resumed run could not know.
+                at = (at * ends[-1] - (ends[source] - weights[source])) / weights[source]
+                weights[source] = 0.0
         raise DataError("the data is used up: every source has had all its passes")

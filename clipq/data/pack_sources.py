@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import gzip
-import shutil
 import sys
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -14,10 +13,9 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple, Protocol
 
-from webdataset.tariterators import group_by_keys
-
 from clipq.data.evalset import IMAGE_SUFFIXES, ImageFolder
 from clipq.data.parallel import over
+from clipq.data.shards import grouped
 from clipq.data.tar import BLOCK, MAX_MEMBER, META, NO_END, READ_AHEAD, StrictHeader
 
 
@@ -70,7 +68,7 @@ def class_folder(folder: Path, names: Sequence[str] | None, templates: Sequence[
         names: of the classes; None for the names of the folders, with spaces for their underscores.
 
     Raises:
-        FileNotFoundError: no sub-folders, or no images in them.
+        FileNotFoundError: no sub-folders, or no images in one of them.
         ValueError: another number of names.
     """
     classes = ImageFolder(str(folder)).classes()
@@ -78,13 +76,12 @@ def class_folder(folder: Path, names: Sequence[str] | None, templates: Sequence[
         names = [c.name.replace("_", " ") for c in classes]
     if len(names) != len(classes):
         raise ValueError(f"{folder} has {len(classes)} class folders, but there are {len(names)} class names")
-    files = [
-        (str(path.absolute()), label)
-        for label, one in enumerate(classes)
-        for path in sorted(p for p in one.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-    ]
-    if not files:
-        raise FileNotFoundError(f"{folder}: its sub-folders hold no images ({', '.join(IMAGE_SUFFIXES)})")
+    files: list[tuple[str, int]] = []
+    for label, one in enumerate(classes):
+        found = sorted(p for p in one.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        if not found:
+            raise FileNotFoundError(f"{one}: a class folder without images ({', '.join(IMAGE_SUFFIXES)})")
+        files += [(str(path.absolute()), label) for path in found]
     return ClassFolder(files, names, templates, seed)
 
 
@@ -135,9 +132,14 @@ def _text_columns(path: Path, image: str, caption: str) -> tuple[list[str], list
         with path.open(newline="", encoding="utf-8-sig") as stream:
             first = stream.readline()
             stream.seek(0)
-            rows = csv.DictReader(stream, delimiter="\t" if "\t" in first else ",")
+            rows = csv.DictReader(stream, delimiter="\t" if "\t" in first else ",", strict=True)
             _check_columns(path, [image, caption], rows.fieldnames or [])
             for row in rows:
+                if None in row:
+                    raise ValueError(
+                        f"{path}: line {rows.line_num} has more fields than the first: put quotes around captions "
+                        "with a delimiter in them"
+                    )
                 paths.append(row[image] or "")
                 captions.append(row[caption] or "")
     except UnicodeDecodeError as error:
@@ -203,7 +205,7 @@ def _places(task: tuple[str, str]) -> tuple[list[Record], str]:
     faults: list[str] = []
     try:
         path = _plain(Path(shard), Path(plain), faults)
-        for sample in group_by_keys(_members(str(path.absolute()), faults)):
+        for sample in grouped(_members(str(path.absolute()), faults)):
             found.append({name: piece for name, piece in sample.items() if not name.startswith("__")})
     except Exception as error:  # tarfile raises errors of many kinds on damaged files
         faults.append(f"{type(error).__name__}: {error}; {len(found)} samples were found before")
@@ -244,7 +246,8 @@ def _plain(shard: Path, plain: Path, faults: list[str]) -> Path:
     plain.parent.mkdir(parents=True, exist_ok=True)
     with gzip.open(shard) as packed, plain.open("wb") as out:
         try:
-            shutil.copyfileobj(packed, out, 1 << 20)
+            while data := packed.read1(READ_AHEAD):  # read gives nothing of what comes before a fault
+                out.write(data)
         except Exception as error:
             faults.append(f"{type(error).__name__}: {error}")
     return plain

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import re
 import time
 import urllib.error
 import urllib.request
-from typing import Any
+from typing import Any, NamedTuple
 
 from webdataset.gopen import gopen
 
 log = logging.getLogger(__name__)
 
 HTTP = ("http://", "https://")
-TRIES = 5
-"""Times that a read is tried before its shard is given up."""
+TRIES = 8
+"""Times that a read is tried before its shard is given up: two minutes, in which a server may start anew."""
 PATIENCE = 1.0
 """Seconds before the second try; twice as long before each further one."""
+SLOW = 1000
+"""Bytes a second, below which a connection counts as stalled."""
 SECONDS = 60.0
-"""Without a byte, before a connection counts as stalled."""
+"""Of waiting, before a connection counts as stalled."""
 BLOCK = 4 << 20
 """Bytes asked for at a time."""
 
@@ -51,7 +55,9 @@ class RemoteFile:
         self._url = url
         self._file: Any = None
         self._at = 0
-        self._size: int | None = None
+        self._about: About | None = None
+        self._waited, self._since, self._stalls = 0.0, 0, 0
+        """Seconds spent reading since the byte, and how often that was too slow."""
 
     def __enter__(self) -> RemoteFile:
         return self
@@ -69,10 +75,14 @@ class RemoteFile:
         for attempt in range(1, TRIES + 1):
             try:
                 self._file = self._file or self._open()
-                data = self._file.read(size)
-                if not data and self._size is not None and self._at < self._size:
-                    raise EOFError(f"it ended after {self._at:,} of {self._size:,} bytes")
+                begun = time.monotonic()
+                data = self._file.read1(size)
+                self._waited += time.monotonic() - begun
+                whole = self._about.size if self._about else None
+                if not data and whole is not None and self._at < whole:
+                    raise EOFError(f"it ended after {self._at:,} of {whole:,} bytes")
                 self._at += len(data)
+                self._check_speed()
                 return data
             except (FileNotFoundError, PermissionError, RemoteError):
                 raise
@@ -86,12 +96,29 @@ class RemoteFile:
                 time.sleep(wait)
         raise AssertionError
 
+    def _check_speed(self) -> None:
+        """Opens a connection anew that gives a byte now and then, which no time limit of its own ends.
+
+        Raises:
+            RemoteError: that was so `TRIES` times.
+        """
+        if self._waited < SECONDS:
+            return
+        if self._at - self._since < SLOW * self._waited:
+            self._stalls += 1
+            if self._stalls == TRIES:
+                raise RemoteError(f"slower than {SLOW:,} bytes/s at byte {self._at:,}, {TRIES} times for {SECONDS:g} s")
+            log.warning("shard %s: slower than %d bytes/s at byte %d: connecting anew", self._url, SLOW, self._at)
+            self._close()
+        self._waited, self._since = 0.0, self._at
+
     def _open(self) -> Any:
         """The file, at the byte where the last try failed."""
-        if self._url.startswith(HTTP):
-            file, at, self._size = _open_http(self._url, self._at)
-        else:
-            file, at, self._size = _open_fsspec(self._url, self._at)
+        file, at, about = (_open_http if self._url.startswith(HTTP) else _open_fsspec)(self._url, self._at)
+        self._about = self._about or about
+        if about != self._about or at > self._at:
+            file.close()
+            raise RemoteError(f"it was changed while it was read ({self._about}, and then {about} from byte {at:,})")
         while at < self._at:  # the server gives no parts of a file
             skipped = len(file.read(min(self._at - at, BLOCK)))
             if not skipped:
@@ -105,8 +132,16 @@ class RemoteFile:
         self._file = None
 
 
-def _open_http(url: str, at: int) -> tuple[Any, int, int | None]:
-    """A response whose body begins at most at a byte, where it does begin, and the size of the whole if it is told."""
+class About(NamedTuple):
+    """What a server tells of a file, as far as it does."""
+
+    size: int | None
+    """Bytes of the whole."""
+    version: str | None
+
+
+def _open_http(url: str, at: int) -> tuple[Any, int, About]:
+    """A response, where its body begins, and what is told of the whole."""
     headers = {"User-Agent": "clipq"} | ({"Range": f"bytes={at}-"} if at else {})
     try:
         response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=SECONDS)
@@ -116,18 +151,23 @@ def _open_http(url: str, at: int) -> tuple[Any, int, int | None]:
         if error.code in (401, 403):
             raise PermissionError(f"HTTP {error.code}") from error
         raise
-    start = at if response.status == 206 else 0
-    length = response.headers.get("Content-Length")
-    return response, start, None if length is None else start + int(length)
+    start, size = 0, response.headers.get("Content-Length")
+    if response.status == 206:
+        part = re.match(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
+        if part is None:
+            raise OSError("HTTP 206 without a Content-Range")
+        start, size = int(part[1]), None if part[2] == "*" else part[2]
+    version = response.headers.get("ETag") or response.headers.get("Last-Modified")
+    return response, start, About(None if size is None else int(size), version)
 
 
-def _open_fsspec(url: str, at: int) -> tuple[Any, int, int | None]:
+def _open_fsspec(url: str, at: int) -> tuple[Any, int, About]:
     import fsspec
 
     files, path = fsspec.core.url_to_fs(url, **_limits(url))
     file = files.open(path, "rb", block_size=BLOCK, cache_type="readahead")
     file.seek(at)
-    return file, at, file.size
+    return io.BufferedReader(file, BLOCK), at, About(file.size, None)
 
 
 def require_protocol(url: str) -> None:

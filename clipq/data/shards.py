@@ -5,14 +5,16 @@ from __future__ import annotations
 import glob
 import hashlib
 import itertools
+import json
 import logging
+import re
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import braceexpand
-from webdataset.tariterators import group_by_keys
+from webdataset.tariterators import base_plus_ext
 
 from clipq.data.remote import is_url, open_url, require_protocol
 from clipq.data.tar import Damage, members
@@ -51,15 +53,18 @@ def expand(patterns: str | list[str]) -> list[str]:
     return names
 
 
-def names_digest(sources: list[list[str]]) -> int:
-    """Tells the shards of sources apart by their base names and order, on which the order of samples depends. Folders
-    don't count: data may move."""
-    names = "\n\n".join("\n".join(s.rsplit("/", 1)[-1] for s in shards) for shards in sources)
+def names_digest(sources: dict[str, list[str]]) -> int:
+    """Tells sources apart by their names and the base names and order of their shards, on which the order of samples
+    depends. Folders don't count, nor what follows a `?` in an address: data may move, and signatures expire."""
+    shards = {name: [re.sub(r"\?.*", "", s).rsplit("/", 1)[-1] for s in named] for name, named in sources.items()}
+    names = json.dumps(shards)
     return int.from_bytes(hashlib.blake2b(names.encode(), digest_size=6).digest())
 
 
 def _matches(name: str, pattern: str) -> list[str]:
     if is_url(name):
+        if "*" in name and not name.startswith("pipe:"):
+            raise ValueError(f"{name}: patterns with * are for files; name a range, as in {{00000..00099}}.tar")
         return [name]
     path = Path(name).expanduser()
     if path.is_dir():
@@ -70,6 +75,24 @@ def _matches(name: str, pattern: str) -> list[str]:
     if not found:
         raise FileNotFoundError(f"no shard matches {name!r}" + ("" if name == pattern else f" (from {pattern!r})"))
     return found
+
+
+def grouped(files: Iterable[dict[str, Any]]) -> Iterator[Sample]:
+    """Neighbours of one key as a sample, as webdataset has it; where a member comes again, another sample begins (there
+    it is an error)."""
+    sample: Sample = {}
+    for file in files:
+        key, extension = base_plus_ext(file["fname"])
+        if key is None or extension is None or extension.startswith("__"):  # names of our own
+            continue
+        extension = extension.lower()
+        if sample.get("__key__") != key or extension in sample:
+            if sample:
+                yield sample
+            sample = {"__key__": key, "__url__": file["__url__"]}
+        sample[extension] = file["data"]
+    if sample:
+        yield sample
 
 
 def log_damage(damage: Damage) -> None:
@@ -85,7 +108,7 @@ def read_shard(shard: str, *, on_damage: Callable[[Damage], None] = log_damage) 
     count = 0
     try:
         with open_url(shard) if is_url(shard) else Path(shard).open("rb", buffering=0) as stream:
-            for sample in group_by_keys(members(shard, stream, on_damage)):
+            for sample in grouped(members(shard, stream, on_damage)):
                 count += 1
                 yield sample
         if not count:
@@ -102,24 +125,29 @@ def read_part(
     part: int = 0,
     parts: int = 1,
     first: int = 0,
+    count: int | None = None,
     tell: bool = False,
     on_damage: Callable[[Damage], None] = log_damage,
-) -> Iterator[tuple[int, Sample]]:
+) -> Iterator[tuple[int, Sample | None]]:
     """(index in the shard, sample) of a shard's samples that have what is wanted, in the order of the file.
 
     Args:
         wanted: alternatives of member extensions, each separated by semicolons; a sample counts that has one of each.
         part: of these samples those whose index mod `parts` is this.
         first: and is no less than this.
+        count: samples that the shard ought to hold, if that is known; None comes for each that is missing at its end.
         tell: log how many samples lack something.
-        on_damage: as of `read_shard`.
-
-    Raises:
-        DataError: no sample of the shard has what is wanted.
+        on_damage: as of `read_shard`; also where no sample of the shard has what is wanted.
     """
+    names = {"__key__", "__url__", *(name for alternatives in wanted for name in alternatives.split(";"))}
     seen: set[str] = set()
-    found, left_out = 0, Counter[str]()
-    for index, sample in enumerate(read_shard(shard, on_damage=on_damage)):
+    found, left_out, damage, index = 0, Counter[str](), [], -1
+
+    def damaged(fault: Damage) -> None:
+        damage.append(fault)
+        on_damage(fault)
+
+    for index, sample in enumerate(read_shard(shard, on_damage=damaged)):
         missing = [w for w in wanted if member(sample, w) is None]
         if missing:
             left_out[" and ".join(missing)] += 1
@@ -127,11 +155,16 @@ def read_part(
             continue
         found += 1
         if index >= first and index % parts == part:
-            yield index, sample
+            yield index, {name: value for name, value in sample.items() if name in names}
     if seen and not found:
-        raise _not_wanted(shard, wanted, seen)
+        on_damage(Damage(shard, "damaged", _not_wanted(wanted, seen)))
     if left_out and tell:
         _warn_of_left_out(shard, left_out, found)
+    missing = range(index + 1, count or 0)
+    if missing and not any(fault.kind == "damaged" for fault in damage):
+        text = f"it holds {index + 1:,} samples, where the manifest in its folder says {count:,}"
+        on_damage(Damage(shard, "damaged", text))
+    yield from ((index, None) for index in missing if index >= first and index % parts == part)
 
 
 def _warn_of_left_out(shard: str, left_out: Counter[str], found: int) -> None:
@@ -168,7 +201,7 @@ def check_members(shards: list[str], wanted: tuple[str, ...], captions: Callable
         if fault is not None:
             raise DataError(f"shard {shard}: no caption in its first samples: {fault}. Check data.caption.field")
         if seen:
-            raise _not_wanted(shard, wanted, seen)
+            raise DataError(f"shard {shard}: {_not_wanted(wanted, seen)}")
     if not any(is_url(s) for s in shards):
         where = shards[0] if len(shards) == 1 else f"any of {len(shards)} shards, such as {shards[0]}"
         raise DataError(
@@ -177,10 +210,10 @@ def check_members(shards: list[str], wanted: tuple[str, ...], captions: Callable
         )
 
 
-def _not_wanted(shard: str, wanted: tuple[str, ...], seen: set[str]) -> DataError:
-    return DataError(
-        f"shard {shard} has no sample with {' and '.join(wanted)}; its members are: {', '.join(sorted(seen))}. "
-        "Check data.image and data.caption.field"
+def _not_wanted(wanted: tuple[str, ...], seen: set[str]) -> str:
+    return (
+        f"it has no sample with {' and '.join(wanted)}; its members are: {', '.join(sorted(seen))}. Check data.image "
+        "and data.caption.field"
     )
 
 
@@ -197,13 +230,13 @@ def share_of_lane(
 ) -> Iterator[tuple[str, int, Sample]]:
     """Each sample of the shards exactly once over all lanes, for evaluation, as (shard, index in the shard, sample).
 
-    A lane reads no more shards than it must: lanes that are more than the shards take turns with the samples of one.
-    Only the first of these calls `on_damage`.
+    A lane reads no more shards than it must: lanes that are more than the shards take turns with the samples of one,
+    and each of these calls `on_damage`.
     """
     first = lane % len(shards)
     sharing = range(first, lanes, len(shards))
     turn = sharing.index(lane)
     for shard in shards[first::lanes]:
-        for index, sample in enumerate(read_shard(shard, on_damage=log_damage if turn else on_damage)):
+        for index, sample in enumerate(read_shard(shard, on_damage=on_damage)):
             if index % len(sharing) == turn:
                 yield shard, index, sample

@@ -153,13 +153,17 @@ def _pass_over(stream: BinaryIO, header: bytes, size: int, so_far: int) -> str:
 def _by_tarfile(shard: str, stream: Any, on_damage: Callable[[Damage], None]) -> Iterator[dict[str, Any]]:
     """As `members`, for any archive."""
     archive: Any = tarfile.open(fileobj=stream, mode="r|*", tarinfo=StrictHeader)  # noqa: SIM115 (the caller's stream)
+    passed_over = 0
     while (info := archive.next()) is not None:
         archive.members = []  # it would keep every header
         if info.issparse():
             raise tarfile.ReadError(f"{info.name} is a sparse file, which can unpack to any size")
         if info.size > MAX_MEMBER:
-            raise tarfile.ReadError(f"{info.name} is of {info.size:,} bytes")
-        if info.isreg() and not META.match(info.name):
+            passed_over += info.size
+            if passed_over > MAX_PASSED_OVER:
+                raise tarfile.ReadError(f"{info.name} is of {info.size:,} bytes, and others were too large before")
+            on_damage(Damage(shard, "large member", f"{info.name} is of {info.size:,} bytes: passed over"))
+        elif info.isreg() and not META.match(info.name):
             yield {"fname": info.name, "data": archive.extractfile(info).read(), "__url__": shard}
     if archive.fileobj.tell() == archive.offset:
         on_damage(Damage(shard, "damaged", NO_END))

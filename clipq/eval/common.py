@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from clipq.data.evalset import FAULTS, EvalStream, Source
+from clipq.data.evalset import EvalStream, Source
 from clipq.data.loader import Tokenizer, make_loader
 from clipq.dist.env import DistEnv
 
@@ -95,7 +95,7 @@ class EvalResult:
 
     def summary(self) -> str:
         """One line: shares in per cent, counts as they are."""
-        counts = ("images", "texts", *FAULTS)
+        counts = ("images", "texts", "failed", "broken_shards")
         parts = [f"{k} {100 * v:.2f}%" for k, v in self.metrics.items() if k not in counts]
         parts += [f"{self.metrics[k]:,.0f} {k.replace('_', ' ')}" for k in counts if self.metrics.get(k)]
         return f"{self.task}: " + ", ".join(parts)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from clipq.data.evalset import FAULTS, Source, first_targets
+from clipq.data.evalset import EvalFaults, Source, first_targets
 from clipq.dist.gather import gather_objects, gather_rows
 from clipq.eval.common import Encoder, EvalError, EvalResult, ExampleKeeper
 
@@ -73,11 +72,11 @@ class Retrieval:
         """
         env = encoder.env
         with encoder.evaluating():
-            images, texts, owner, faults = [], [], [], Counter[str]()
+            images, texts, owner, faults = [], [], [], EvalFaults()
             keeper = ExampleKeeper(self.examples if env.is_main else 0, encoder.mean, encoder.std)
             count = 0
             for batch in encoder.batches(self.source, self.task):
-                faults.update({name: batch[name] for name in FAULTS})
+                faults.add(batch["faults"])
                 if not batch["target"]:
                     continue
                 images.append(encoder.images(batch["image"]))
@@ -101,7 +100,7 @@ class Retrieval:
             metrics |= {
                 "images": len(all_images),
                 "texts": len(all_texts),
-                **{name: sum(f[name] for _, f in counts) for name in FAULTS},
+                **EvalFaults.of_all([of_rank for _, of_rank in counts]).metrics(),
             }
             examples = self._examples(keeper, all_images, all_texts, all_owners, words)
         return EvalResult(self.task, "retrieval", metrics, examples)

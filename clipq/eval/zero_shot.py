@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipq.data.evalset import FAULTS, Source, first_targets
+from clipq.data.evalset import EvalFaults, Source, first_targets
 from clipq.dist.gather import gather_objects, gather_rows
 from clipq.eval.common import Encoder, EvalError, EvalResult, ExampleKeeper
 from clipq.eval.prompts import prompts
@@ -73,10 +72,10 @@ class ZeroShot:
             n = len(self.classnames)
             device = encoder.env.device
             counts = torch.zeros(3, n, dtype=torch.long, device=device)  # per class: images, right at 1, right within 5
-            faults, strange = Counter[str](), None
+            faults, strange = EvalFaults(), None
             keeper = ExampleKeeper(self.examples if encoder.env.is_main else 0, encoder.mean, encoder.std)
             for batch in encoder.batches(self.source, self.task):
-                faults.update({name: batch[name] for name in FAULTS})
+                faults.add(batch["faults"])
                 strange = next((c for c in batch["target"] if not 0 <= c < n), None)
                 if strange is not None:
                     break
@@ -97,7 +96,7 @@ class ZeroShot:
                 raise self._strange(next(label for _, label in everyone if label is not None))
             if encoder.env.is_distributed:
                 dist.all_reduce(counts)
-        metrics = self._metrics(counts.cpu(), {name: sum(f[name] for f, _ in everyone) for name in FAULTS})
+        metrics = self._metrics(counts.cpu(), EvalFaults.of_all([of_rank for of_rank, _ in everyone]))
         return EvalResult(self.task, "zero_shot", metrics, self._examples(keeper))
 
     def _strange(self, label: int) -> EvalError:
@@ -107,7 +106,7 @@ class ZeroShot:
             f"name the list of this data set in eval.tasks.{self.task}.classnames"
         )
 
-    def _metrics(self, counts: Tensor, faults: dict[str, int]) -> dict[str, float]:
+    def _metrics(self, counts: Tensor, faults: EvalFaults) -> dict[str, float]:
         images, top1, top5 = counts.double()
         total = images.sum().item()
         if total == 0:
@@ -119,7 +118,7 @@ class ZeroShot:
             "mean_per_class": (top1[occurs] / images[occurs]).mean().item(),
             "chance": 1 / len(self.classnames),
             "images": int(total),
-            **faults,
+            **faults.metrics(),
         }
         if len(self.classnames) <= 5:
             del metrics["top5"]  # it would be 1 whatever the model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import fnmatch
 import json
 import os
 import platform
@@ -27,6 +28,11 @@ FIXED = (
     "model.layer_scale_init",
     "model.qk_norm",
     "data.shuffle",
+    "data.image",
+    "data.caption.field",
+    "data.sources.*.image",
+    "data.sources.*.caption.field",
+    "data.sources.*.passes",
     "batch_size",
     "seed",
 )
@@ -71,7 +77,7 @@ def changes(old: str, new: str) -> list[str]:
     before, after = flatten_yaml(old), flatten_yaml(new)
     differing = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
     lines = {k: f"{k}: {before.get(k)} -> {after.get(k)}" for k in differing}
-    fixed = [lines[k] for k in differing if k in FIXED]
+    fixed = [lines[k] for k in differing if any(fnmatch.fnmatchcase(k, f) for f in FIXED)]
     if fixed:
         raise ConfigError(
             "this run folder was begun with other settings, and its checkpoint cannot go on with these: "

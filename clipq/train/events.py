@@ -114,7 +114,7 @@ def bad_step(run: Run, pending: Pending, numbers: dict[str, float]) -> Row:
     keys = gather_objects(pending.keys)
     if run.env.is_main:
         path.parent.mkdir(exist_ok=True)
-        path.write_text("".join(f"{key}\n" for part in keys for key in part), encoding="utf-8")
+        path.write_text("".join(f"{key}\n" for part in keys for key in part), "utf-8", "backslashreplace")
     return {
         "kind": "event",
         "step": step,

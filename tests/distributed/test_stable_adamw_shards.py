@@ -138,6 +138,7 @@ def fsdp_over_tensor_parallelism() -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_four_processes_are_one() -> None:
     run_distributed(fsdp_over_tensor_parallelism, 4)
 

@@ -46,6 +46,10 @@ MISTAKES = {
         ["data=mix", "data.sources={a: {shards: data/00000.tar, weight: 0}}"],
         ["data.sources.a.weight=0", "positive"],
     ),
+    "all sources end": (
+        ["data=mix", "data.sources={a: {shards: data/00000.tar, passes: 3}}"],
+        ["data.sources", "leave one source without"],
+    ),
     "a source that is not there": (["data=mix", "data.sources={a: {shards: no.tar}}"], ["no shard matches 'no.tar'"]),
     "no lanes": (["data.lanes=0"], ["data.lanes=0", "1 or more"]),
     "shard twice": (["data.shards=[data/00000.tar,data/00000.tar]"], ["data/00000.tar is named twice"]),
@@ -245,7 +249,7 @@ def test_shards_without_captions_end_the_run(tmp_path: Path, good_shards: int, c
     done = command("train", *arguments, cwd=tmp_path, check=False)
     assert done.returncode == code
     said = done.stderr if code == 2 else done.stdout
-    assert f"{good_shards}.tar has no sample with jpg;jpeg;png;webp and txt" in said
+    assert f"{good_shards}.tar: it has no sample with jpg;jpeg;png;webp and txt" in said
     assert "caption, png" in said
     assert "Traceback" not in done.stdout + done.stderr
     assert ("parameters" in done.stdout) == (code == 1), "the model is built where the first shard is good"
@@ -255,11 +259,12 @@ def test_error_of_another_rank_reaches_the_terminal(tmp_path: Path) -> None:
     """Rank 0 itself only sees that a connection was closed."""
     samples = colour_samples(20)
     write_shard(tmp_path / "data" / "0.tar", samples)
-    write_shard(tmp_path / "data" / "1.tar", [{"png": s["png"]} for s in samples])
+    write_shard(tmp_path / "data" / "1.tar", [s | {"png": b"no image"} for s in samples])
     arguments = [f"model.name={tiny_arch(tmp_path)}", "data.shards=data/*.tar", "batch_size=4", "data.workers=1"]
-    done = command_on_two_ranks("train", *arguments, "data.shuffle=1", cwd=tmp_path)
+    # of seed 0 rank 1 begins with shard 1
+    done = command_on_two_ranks("train", *arguments, "data.shuffle=1", "data.max_lost=0", cwd=tmp_path)
     assert done.returncode != 0
-    assert done.stderr.count("[rank 1] error: shard data/1.tar has no sample with jpg;jpeg;png;webp and txt") == 1
+    assert done.stderr.count("[rank 1] error: 6 of the last 6 samples could not be read, at last ") == 1
 
 
 def test_two_ranks_tell_a_mistake_once(tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ def test_a_recipe_needs_blocks_to_convert() -> None:
         convert(clip, BackendConfig(recipe=Recipe.switchback), pairs=1, training=True)  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.slow
 def test_what_a_table_says_is_slower_stays_in_16_bits(world: Path) -> None:
     """The image tower has 4 patches and a class token, the text tower a context of 8: only their tokens differ."""
     speeds = (Speed("switchback", 32, 128, 16 * 5, 0.8), Speed("switchback", 32, 128, 16 * 8, 1.1))

@@ -20,6 +20,7 @@ def losses(world: Path, name: str, *overrides: str) -> list[float]:
     return [row["loss"] for row in read_metrics(world / "runs" / name)]
 
 
+@pytest.mark.slow
 def test_stable_adamw_trains_and_resumes(world: Path) -> None:
     adamw = losses(world, "adamw", "steps=14", "optim.beta2=0.99")
     clipped = ("optim=stable_adamw", "optim.clip_threshold=0.5")  # at 1 hardly a step of so few is

@@ -88,6 +88,7 @@ def test_openclip_loads_the_checkpoint(whole_run: Path, world: Path) -> None:
         torch.testing.assert_close(theirs.state_dict()[key], value)
 
 
+@pytest.mark.slow
 def test_checkpoint_carries_its_architecture(world: Path, tmp_path: Path) -> None:
     """The JSON file that the run was given is gone, its settings were not the file's, and the folder is another."""
     own = tmp_path / "own.json"

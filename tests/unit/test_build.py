@@ -108,7 +108,9 @@ def test_stream(shards: list[str], arch: Path) -> None:
         shuffle=17,
     )
     stream = build_stream(config, find_sources(config), 6, clip, SECOND_OF_THREE, batch_size=12, seed=5)
-    assert stream.sources == [Source(shards[1:], Captions("json.captions"), "png;gif")]
+    assert stream.sources == [
+        Source(shards[1:], Captions("json.captions"), "png;gif", counts=[None] * (len(shards) - 1))
+    ]
     assert stream.transform == TrainTransform(
         size=(24, 24),
         interpolation="bicubic",
@@ -135,8 +137,8 @@ def test_sources(shards: list[str]) -> None:
         },
     )
     assert find_sources(config) == [
-        Source(shards[:2], Captions("txt"), "png", 3.0, 2, "data.sources.a"),
-        Source(shards[2:3], Captions("json.captions"), "gif", setting="data.sources.b"),
+        Source(shards[:2], Captions("txt"), "png", 3.0, 2, [None] * 2, "data.sources.a"),
+        Source(shards[2:3], Captions("json.captions"), "gif", counts=[None], setting="data.sources.b"),
     ]
     for wrong in ({"shards": shards}, {"sources": {}}):
         with pytest.raises(ConfigError, match="exactly one of them"):

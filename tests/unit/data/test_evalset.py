@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from clipq.data.decode import Captions
-from clipq.data.evalset import CaptionedShards, EvalStream, ImageFolder, LabelledShards, Source
+from clipq.data.evalset import CaptionedShards, EvalFaults, EvalStream, ImageFolder, LabelledShards, Source
 from clipq.data.loader import make_loader
 from tests.helpers import COLOURS, colour_samples, encode, picture, write_shard
 
@@ -28,7 +28,7 @@ def read(source: Source, workers: int = 0, ranks: int = 1, batch_size: int = 5) 
     for rank in range(ranks):
         for batch in make_loader(EvalStream(source, mean_colour, batch_size, rank, ranks), workers=workers):
             assert len(batch["image"]) == len(batch["target"]) <= batch_size
-            failed += batch["failed"]
+            failed += batch["faults"].failed
             found += [(tuple(i.flatten().tolist()), t) for i, t in zip(batch["image"], batch["target"], strict=True)]
     return found, failed
 
@@ -86,9 +86,22 @@ def test_broken_shards_are_counted(shards: list[str], workers: int, ranks: int) 
     for source in (LabelledShards(shards), CaptionedShards(shards, Captions("txt"))):
         streams = [EvalStream(source, mean_colour, 5, rank, ranks) for rank in range(ranks)]
         batches = [batch for s in streams for batch in make_loader(s, workers=workers)]
-        assert sum(batch["broken_shards"] for batch in batches) == 2
-        assert sum(batch["failed"] for batch in batches) <= 1  # the last sample before the cut may lack members
+        faults = EvalFaults.of_all([batch["faults"] for batch in batches])
+        assert faults.broken == {shards[0], shards[2]}
+        assert faults.metrics()["broken_shards"] == 2
+        assert faults.failed <= 1  # the last sample before the cut may lack members
         assert 36 <= sum(len(batch["target"]) for batch in batches) < 53
+
+
+def test_a_shard_that_breaks_for_one_of_those_who_share_it(shards: list[str]) -> None:
+    """A disk may fail for the second lane alone, which then lacks samples that no other lane has."""
+    whole = Path(shards[0]).read_bytes()
+    faults = EvalFaults()
+    for rank in range(2):
+        Path(shards[0]).write_bytes(whole[: len(whole) // (1 + rank)])
+        for batch in EvalStream(LabelledShards(shards[:1]), mean_colour, 5, rank, 2):
+            faults.add(batch["faults"])
+    assert faults.broken == {shards[0]}
 
 
 @pytest.mark.parametrize("ranks", [1, 3])

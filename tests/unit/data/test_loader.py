@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
-import os
 import random
-import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,61 +14,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from clipq.build_data import train_batches
-from clipq.config.data import DataConfig
 from clipq.data.decode import Captions, TrainTransform
-from clipq.data.loader import Source, StreamPlace, TrainStream, batches, default_workers
-from clipq.data.order import usual_lanes
-from clipq.data.shards import DataError
-from clipq.dist.env import DistEnv
-from tests.helpers import COLOURS, colour_samples, colour_shards, encode, picture, write_shard
-
-
-def tokenizer(texts: list[str]) -> Tensor:
-    """ "red 17" -> [17, …]: the number of the sample, and a few bytes of its caption."""
-    return torch.tensor([[int(t.split()[-1]), *t.encode()[:3]] for t in texts])
-
-
-TEXT = Captions("txt")
-
-
-def stream(
-    shards: list[str],
-    *,
-    lanes: int | None = None,
-    seed: int = 0,
-    shuffle: int = 8,
-    captions: Captions = TEXT,
-    image: str = "png",
-    **options: object,
-) -> TrainStream:
-    lanes = lanes or usual_lanes(len(shards), options.get("world_size", 1))  # pyright: ignore
-    return mixed([Source(shards, captions, image)], lanes=lanes, seed=seed, shuffle=shuffle, **options)
-
-
-def mixed(sources: list[Source], **options: object) -> TrainStream:
-    settings = {
-        "batch_size": 6,
-        "shuffle": 8,
-        "transform": TrainTransform((8, 8), flip=0.5, scale=(0.5, 1.0)),
-    } | options
-    return TrainStream(sources, tokenizer=tokenizer, **settings)  # pyright: ignore
-
-
-def taken(s: TrainStream, count: int, workers: int = 0) -> list[dict[str, Any]]:
-    return list(itertools.islice(batches(s, workers=workers, max_lost=1.0), count))
-
-
-def numbers(found: list[dict[str, Tensor]]) -> list[int]:
-    return [n for batch in found for n in batch["text"][:, 0].tolist()]
-
-
-def same(a: list[dict[str, Tensor]], b: list[dict[str, Tensor]]) -> bool:
-    return len(a) == len(b) and all(
-        torch.equal(x[k], y[k]) for x, y in zip(a, b, strict=True) for k in ("image", "text")
-    )
+from clipq.data.loader import Source, StreamPlace, default_workers
+from tests.helpers import colour_shards, encode, picture, write_shard
+from tests.streams import TEXT, mixed, numbers, same, stream, taken
 
 
 def test_batch(shards: list[str]) -> None:
@@ -208,6 +155,26 @@ def test_a_source_is_named_where_it_is_wrong(shards: list[str]) -> None:
             source.check()
 
 
+@pytest.mark.parametrize("weights", [(1, 1, 1), (0.02, 0.5, 0.48)])
+def test_of_three_sources_one_is_used_up(weights: tuple[float, ...], shards: list[str]) -> None:
+    """From then on a run that goes on and one that was never stopped share the samples of that source alike."""
+    names = [shards[3:4], shards[:2], shards[2:3]]
+    s = mixed(
+        [Source(n, TEXT, "png", weight=w, passes=p) for n, w, p in zip(names, weights, (2, None, None), strict=True)],
+        lanes=2,
+        batch_size=8,
+    )
+    whole = taken(s, 60)
+    used_up = Counter(n for n in numbers(whole) if 48 <= n < 53)
+    assert set(used_up.values()) <= {1, 2}
+    for start in range(1, 50, 4):
+        assert same(taken(s.starting_at(whole[start - 1]["place"]), 60 - start), whole[start:])
+    if weights[0] == 1:
+        assert sum(used_up.values()) == 10
+        left = Counter(n < 31 for n in numbers(whole[20:]))
+        assert 0.45 < left[True] / left.total() < 0.55, "the others share it by their weights"
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_data_that_is_used_up_is_told(shards: list[str], workers: int) -> None:
     source = Source(shards, TEXT, "png", passes=1)
@@ -226,25 +193,6 @@ def test_lanes_that_ranks_cannot_share(shards: list[str]) -> None:
         stream(shards, lanes=4, world_size=3)
 
 
-def test_unreadable_shard_is_passed_over(shards: list[str], caplog: pytest.LogCaptureFixture) -> None:
-    """One shard of thousands is empty, or was away for a moment: no reason to lose the run."""
-    write_shard(Path(shards[3]), [])
-    Path(shards[1]).write_bytes(b"")
-    Path(shards[2]).unlink()
-    found = numbers(taken(stream(shards, batch_size=1), 150))
-    assert set(found) == {*range(20), *range(53, 73)}
-    for name in shards[1:4]:
-        assert name in caplog.text
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_nothing_readable_ends_the_run(shards: list[str], workers: int) -> None:
-    for name in shards:
-        Path(name).unlink()
-    with pytest.raises(ValueError, match="no sample could be read from 10 shards in a row"):
-        taken(stream(shards), 1, workers)
-
-
 def test_loader_leaves_the_global_generators_alone(shards: list[str]) -> None:
     """Dropout draws from them: masks of a resumed run would differ from those of an uninterrupted one."""
     torch.manual_seed(3)
@@ -254,51 +202,6 @@ def test_loader_leaves_the_global_generators_alone(shards: list[str]) -> None:
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert (np.random.get_state()[1] == states[2]).all()
-
-
-def test_unreadable_samples_are_replaced_in_their_places(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    good = colour_samples(36)
-    bad = [dict(s) for s in good]
-    bad[1]["png"] = bytes(good[1]["png"])[:80]  # pyright: ignore
-    bad[4]["txt"] = b"\xff"
-    bad[5]["png"] = b""
-    options = {"shuffle": 4, "batch_size": 6, "transform": TrainTransform((16, 16), scale=(1, 1), ratio=(1, 1))}
-    (expected, found) = (
-        taken(stream([str(write_shard(tmp_path / name, samples))], **options), 6)
-        for name, samples in (("good.tar", good), ("bad.tar", bad))
-    )
-    replaced = []
-    for before, after in zip(expected, found, strict=True):
-        for place, number in enumerate(before["text"][:, 0].tolist()):
-            pair = after["image"][place], int(after["text"][place, 0])
-            if number in (1, 4, 5):
-                replaced.append(number)
-                assert pair[1] not in (1, 4, 5)
-                assert after["key"][place].endswith(f"bad.tar/{pair[1]:06d}")
-                number = pair[1]  # another pair, both halves of it
-                assert abs(pair[0].float().mean((1, 2)).numpy() - list(COLOURS.values())[number % 4]).max() < 12
-            else:
-                assert pair[1] == number
-                assert torch.equal(pair[0], before["image"][place])
-    assert sorted(replaced) == [1, 4, 5]
-    messages = [r.getMessage() for r in caplog.records]
-    assert {m.split(" left out")[0] for m in messages} == {f"sample 00000{n} of {tmp_path}/bad.tar" for n in (1, 4, 5)}
-    again = taken(stream([str(tmp_path / "bad.tar")], **options), 6)
-    assert same(again, found)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_shards_without_a_readable_sample(tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture) -> None:
-    samples = [{"png": b"no image", "txt": f"red {n}"} for n in range(8)]
-    shard = write_shard(tmp_path / "0.tar", samples)
-    with pytest.raises(ValueError, match=r"00000\d of .*0.tar cannot be read, and nor can those tried in its place"):
-        taken(stream([str(shard)]), 1, workers)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_what_ends_a_worker_is_told(shards: list[str], workers: int) -> None:
-    with pytest.raises(ValueError, match="has no sample with jpg and txt; its members are: cls, json, png, txt"):
-        taken(stream(shards, image="jpg"), 1, workers)
 
 
 def test_one_of_several_captions(tmp_path: Path) -> None:
@@ -313,60 +216,6 @@ def test_one_of_several_captions(tmp_path: Path) -> None:
     assert len(set(drawn)) == 6
 
 
-def test_faults_are_counted_and_bounded(shards: list[str], tmp_path: Path) -> None:
-    """A tenth of the samples, and one shard of six, cannot be read."""
-    samples = colour_samples(60)
-    for bad in samples[::10]:
-        bad["png"] = b"no image"
-    names = [str(write_shard(tmp_path / "some" / f"{n}.tar", samples[n * 12 : n * 12 + 12])) for n in range(5)]
-    (tmp_path / "some" / "5.tar").write_bytes(b"<html>503</html>" * 100)
-    s = stream([*names, str(tmp_path / "some" / "5.tar")], lanes=1, batch_size=4)
-    for workers in (0, 2):
-        lost = [
-            b["lost"] for b in itertools.islice(batches(stream(names, batch_size=4), workers=workers, max_lost=1), 30)
-        ]
-        assert sum(lost) >= 12, "6 in a pass, and some of those in whose place they stood"
-        assert min(lost) == 0
-    with pytest.raises(
-        ValueError, match=r"(\d+) of (\d+) samples could not be read, the last of them 0000\d+ of .*some"
-    ):
-        list(itertools.islice(batches(stream(names, batch_size=4), workers=0, max_lost=0.02), 200))
-    found = itertools.islice(batches(s, workers=0, max_lost=0.5), 400)
-    assert sum(b["lost"] for b in found) > 20
-    only_shards = stream([shards[0], *([str(tmp_path / "some" / "5.tar")])], lanes=1)
-    with pytest.raises(
-        ValueError, match=r"of \d+ shards could not be read, the last of them .*5\.tar .*data\.max_lost"
-    ):
-        list(itertools.islice(batches(only_shards, workers=0, max_lost=0.3), 200))
-
-
-def kill_the_loader(image: bytes, rng: random.Random) -> Tensor:
-    os.kill(os.getpid(), signal.SIGKILL)
-    raise AssertionError
-
-
-def test_a_killed_loader_process_ends_the_run(shards: list[str]) -> None:
-    """As the system does where memory runs out."""
-    env = DistEnv(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"))
-    config = DataConfig(name="x", shards=shards)
-    with pytest.raises(DataError, match=r"a loader process ended without a word .*data\.shuffle"):
-        next(train_batches(stream(shards, transform=kill_the_loader), 1, config, env, None))
-
-
 def test_default_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)), raising=False)
     assert [default_workers(n) for n in (1, 2, 4, 16, 32)] == [14, 7, 3, 1, 1]
-
-
-def test_warnings_of_workers_reach_the_log(tmp_path: Path) -> None:
-    samples = colour_samples(6)
-    samples[2]["png"] = b"no image"
-    shard = write_shard(tmp_path / "0.tar", samples)
-    handler = logging.FileHandler(tmp_path / "log")
-    logging.getLogger("clipq").addHandler(handler)
-    try:
-        taken(stream([str(shard)], shuffle=1), 1, workers=1)
-    finally:
-        logging.getLogger("clipq").removeHandler(handler)
-        handler.close()
-    assert "sample 000002" in (tmp_path / "log").read_text()

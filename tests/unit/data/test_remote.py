@@ -49,7 +49,11 @@ class Handler(BaseHTTPRequestHandler):
         if kind == "page":
             data, ranges = b"<html>please log in</html>" * 100, None
         partial = ranges is not None and kind != "whole"
-        if partial:
+        if partial and kind == "later":  # not the part that was asked for
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {len(data) - 100}-{len(data) - 1}/{len(data)}")
+            data = data[-100:]
+        elif partial:
             end = int(ranges[2]) + 1 if ranges[2] else len(data)  # pyright: ignore
             self.send_response(206)
             self.send_header("Content-Range", f"bytes {ranges[1]}-{end - 1}/{len(data)}")  # pyright: ignore
@@ -57,9 +61,18 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.send_response(200)
         self.send_header("Content-Length", str(len(data)))
+        if kind == "changes":
+            self.send_header("ETag", f'"{number}"')
         self.end_headers()
         half = len(data) // 2
-        if (kind == "reset" and number in (1, 2)) or kind == "always-reset" or (kind == "whole" and number == 1):
+        if kind == "drip":
+            for at in range(len(data)):
+                self.wfile.write(data[at : at + 1])
+                self.wfile.flush()
+                time.sleep(0.01)
+            return
+        breaks = {"reset": (1, 2), "whole": (1,), "changes": (1,), "later": (1,)}
+        if number in breaks.get(kind, ()) or kind == "always-reset":
             self.wfile.write(data[:half])
             self.wfile.flush()
             self.connection.close()
@@ -111,9 +124,12 @@ def test_faults_that_pass_lose_nothing(kind: str, address: str, caplog: pytest.L
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
-        ("down", "5 tries failed at byte 0, the last with"),
-        ("always-reset", "5 tries failed at byte "),
-        ("always-stall", "5 tries failed at byte "),
+        ("down", "8 tries failed at byte 0, the last with"),
+        ("always-reset", "8 tries failed at byte "),
+        ("always-stall", "8 tries failed at byte "),
+        ("drip", "slower than 1,000 bytes/s at byte "),
+        ("changes", "it was changed while it was read"),
+        ("later", "it was changed while it was read"),
         ("missing", "FileNotFoundError"),
         ("page", "0 samples were read before"),
     ],

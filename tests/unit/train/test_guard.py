@@ -112,6 +112,21 @@ def test_the_first_block_that_is_not_finite_is_named(arch: Path, shards: list[st
     assert [e["tensor"] for e in events()] == ["image_features", names[1]], "blocks are seen at watched steps"
 
 
+def test_keys_that_are_no_utf8_are_written_too(arch: Path, shards: list[str]) -> None:
+    """A tar may hold any bytes; the first rank alone writes, and its end would leave the others waiting."""
+    run = run_of(arch, shards, "guard.policy=skip")
+    loader = run.loader
+
+    def named(place: object) -> Any:
+        for batch in loader(place):
+            yield batch | {"key": ["caf\udce92.tar/\n"] * len(batch["key"])}
+
+    run.loader = named
+    spoil(run, NAN, at_step(run, 2))
+    train(run)
+    assert r"caf\udce92.tar/" in Path("run/bad_batches/step_00000002.txt").read_text()
+
+
 @pytest.mark.parametrize("kind", [NAN, BOMB])
 def test_stop_keeps_what_was_good(kind: str, arch: Path, shards: list[str]) -> None:
     run = run_of(arch, shards, "guard.rise=3", "watch.ignore=1", "checkpoint.every=2", "steps=12")

@@ -1,0 +1,202 @@
+"""The training stream where samples and shards cannot be read."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from clipq.build_data import train_batches
+from clipq.config.data import DataConfig
+from clipq.data.decode import TrainTransform
+from clipq.data.faults import Faults
+from clipq.data.loader import Source, batches
+from clipq.data.shards import DataError
+from clipq.dist.env import DistEnv
+from tests.helpers import COLOURS, colour_samples, encode, picture, write_shard
+from tests.streams import TEXT, mixed, numbers, same, stream, taken
+
+
+def test_unreadable_shard_is_passed_over(shards: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    """One shard of thousands is empty, or was away for a moment: no reason to lose the run."""
+    write_shard(Path(shards[3]), [])
+    Path(shards[1]).write_bytes(b"")
+    Path(shards[2]).unlink()
+    found = numbers(taken(stream(shards, batch_size=1), 150))
+    assert set(found) == {*range(20), *range(53, 73)}
+    for name in shards[1:4]:
+        assert name in caplog.text
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nothing_readable_ends_the_run(shards: list[str], workers: int) -> None:
+    for name in shards:
+        Path(name).unlink()
+    with pytest.raises(ValueError, match="no sample could be read from 10 shards in a row"):
+        taken(stream(shards), 1, workers)
+
+
+def test_unreadable_samples_are_replaced_in_their_places(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    good = colour_samples(36)
+    bad = [dict(s) for s in good]
+    bad[1]["png"] = bytes(good[1]["png"])[:80]  # pyright: ignore
+    bad[4]["txt"] = b"\xff"
+    bad[5]["png"] = b""
+    options = {"shuffle": 4, "batch_size": 6, "transform": TrainTransform((16, 16), scale=(1, 1), ratio=(1, 1))}
+    (expected, found) = (
+        taken(stream([str(write_shard(tmp_path / name, samples))], **options), 6)
+        for name, samples in (("good.tar", good), ("bad.tar", bad))
+    )
+    replaced = []
+    for before, after in zip(expected, found, strict=True):
+        for place, number in enumerate(before["text"][:, 0].tolist()):
+            pair = after["image"][place], int(after["text"][place, 0])
+            if number in (1, 4, 5):
+                replaced.append(number)
+                assert pair[1] not in (1, 4, 5)
+                assert after["key"][place].endswith(f"bad.tar/{pair[1]:06d}")
+                number = pair[1]  # another pair, both halves of it
+                assert abs(pair[0].float().mean((1, 2)).numpy() - list(COLOURS.values())[number % 4]).max() < 12
+            else:
+                assert pair[1] == number
+                assert torch.equal(pair[0], before["image"][place])
+    assert sorted(replaced) == [1, 4, 5]
+    messages = [r.getMessage() for r in caplog.records]
+    assert {m.split(" left out")[0] for m in messages} == {f"sample 00000{n} of {tmp_path}/bad.tar" for n in (1, 4, 5)}
+    again = taken(stream([str(tmp_path / "bad.tar")], **options), 6)
+    assert same(again, found)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_shards_without_a_readable_sample(tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture) -> None:
+    samples = [{"png": b"no image", "txt": f"red {n}"} for n in range(8)]
+    shard = write_shard(tmp_path / "0.tar", samples)
+    with pytest.raises(ValueError, match=r"00000\d of .*0.tar cannot be read, and nor can those tried in its place"):
+        taken(stream([str(shard)]), 1, workers)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_without_what_is_wanted_end_the_run(shards: list[str], workers: int) -> None:
+    with pytest.raises(ValueError, match="no sample could be read from 10 shards in a row"):
+        taken(stream(shards, image="jpg", lanes=1 + (workers > 1)), 1, workers)
+
+
+def test_one_shard_without_what_is_wanted_is_one_of_many(shards: list[str]) -> None:
+    write_shard(Path(shards[1]), [{"png": encode(picture("red", 1)), "text": "red 1"}] * 11)
+    found = taken(stream(shards), 40)
+    assert set(numbers(found)) == {*range(20), *range(31, 73)}
+    assert sum(batch["lost"] for batch in found) >= 2, "once a pass"
+
+
+@pytest.mark.parametrize("shuffle", [1, 4])
+@pytest.mark.parametrize("bad", [range(20), range(53, 55), range(72, 73)])
+def test_a_few_bad_samples_end_no_run(bad: range, shuffle: int, tmp_path: Path) -> None:
+    """Neighbours without another sample at hand, a whole shard, the last sample of a source."""
+    counts, samples = [20, 11, 17, 5, 20], colour_samples(73)
+    for n in bad:
+        samples[n]["png"] = b"no image"
+    rows = iter(samples)
+    names = [str(write_shard(tmp_path / f"{n}.tar", list(itertools.islice(rows, c)))) for n, c in enumerate(counts)]
+    sources = [Source(names, TEXT, "png", passes=1), Source(names[1:3], TEXT, "png", weight=0.5)]
+    s = mixed(sources, lanes=4, shuffle=shuffle)
+    found = taken(s, 40)
+    assert not set(numbers(found)) & set(bad)
+    assert sum(batch["lost"] for batch in found) == len(bad), "each once, whatever was tried in its place"
+    for start in (5, 11, 14):
+        assert same(taken(s.starting_at(found[start - 1]["place"]), 40 - start), found[start:])
+
+
+def test_a_shard_that_is_lost_shifts_nothing_where_its_length_is_known(shards: list[str]) -> None:
+    s = mixed([Source(shards, TEXT, "png", counts=[20, 11, 17, 5, 20])], lanes=2)
+    whole = taken(s, 40)
+    Path(shards[2]).unlink()
+    found = taken(s, 40)
+    lost = 0
+    for before, after in zip(whole, found, strict=True):
+        here = 0
+        for place, number in enumerate(before["text"][:, 0].tolist()):
+            if 31 <= number < 48:
+                here += 1
+                assert int(after["text"][place, 0]) not in range(31, 48)
+            else:
+                assert torch.equal(after["image"][place], before["image"][place])
+        assert here <= after["lost"] <= here + 1, "and the shard itself"
+        lost += here
+    assert lost > 17
+    for start in (3, 9, 20):
+        assert same(taken(s.starting_at(found[start - 1]["place"]), 40 - start, 2), found[start:])
+
+
+def test_faults_are_counted_and_bounded(shards: list[str], tmp_path: Path) -> None:
+    """A tenth of the samples, and one shard of six, cannot be read."""
+    samples = colour_samples(60)
+    for bad in samples[::10]:
+        bad["png"] = b"no image"
+    names = [str(write_shard(tmp_path / "some" / f"{n}.tar", samples[n * 12 : n * 12 + 12])) for n in range(5)]
+    (tmp_path / "some" / "5.tar").write_bytes(b"<html>503</html>" * 100)
+    s = stream([*names, str(tmp_path / "some" / "5.tar")], lanes=1, batch_size=4)
+    for workers in (0, 2):
+        lost = [
+            b["lost"] for b in itertools.islice(batches(stream(names, batch_size=4), workers=workers, max_lost=1), 30)
+        ]
+        assert 11 <= sum(lost) <= 13, "6 in a pass"
+        assert min(lost) == 0
+    with pytest.raises(
+        ValueError, match=r"(\d+) of the last (\d+) samples could not be read, at last 0000\d+ of .*some"
+    ):
+        list(itertools.islice(batches(stream(names, batch_size=4), workers=0, max_lost=0.02), 200))
+    found = itertools.islice(batches(s, workers=0, max_lost=0.5), 400)
+    assert sum(b["lost"] for b in found) > 20
+    only_shards = stream([shards[0], *([str(tmp_path / "some" / "5.tar")])], lanes=1)
+    with pytest.raises(
+        ValueError, match=r"of the last \d+ shards could not be read, at last .*5\.tar .*data\.max_lost"
+    ):
+        list(itertools.islice(batches(only_shards, workers=0, max_lost=0.3), 200))
+
+
+def test_an_old_run_notices_faults_too() -> None:
+    faults = Faults()
+    for lost in (0, 1):
+        for _ in range(3000):
+            faults.add(Faults(samples=100, shards=1, broken=lost, last="9.tar"))
+            try:
+                faults.check(0.05)
+            except ValueError:
+                assert lost
+                assert faults.broken < 70
+                return
+    raise AssertionError("3,000 shards were lost in a row")
+
+
+def kill_the_loader(image: bytes, rng: random.Random) -> Tensor:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def test_a_killed_loader_process_ends_the_run(shards: list[str]) -> None:
+    """As the system does where memory runs out."""
+    env = DistEnv(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"))
+    config = DataConfig(name="x", shards=shards)
+    with pytest.raises(DataError, match=r"a loader process ended without a word .*data\.shuffle"):
+        next(train_batches(stream(shards, transform=kill_the_loader), 1, config, env, None))
+
+
+def test_warnings_of_workers_reach_the_log(tmp_path: Path) -> None:
+    samples = colour_samples(6)
+    samples[2]["png"] = b"no image"
+    shard = write_shard(tmp_path / "0.tar", samples)
+    handler = logging.FileHandler(tmp_path / "log")
+    logging.getLogger("clipq").addHandler(handler)
+    try:
+        taken(stream([str(shard)], shuffle=1), 1, workers=1)
+    finally:
+        logging.getLogger("clipq").removeHandler(handler)
+        handler.close()
+    assert "sample 000002" in (tmp_path / "log").read_text()
