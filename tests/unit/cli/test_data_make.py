@@ -264,7 +264,8 @@ def test_places_are_those_of_read_shard(kind: int, tmp_path: Path) -> None:
                 for record in found.records
             ]
             assert got[: len(expected)] == expected
-            assert len(got) - len(expected) in ((0, 1) if packed else (0,)), "one more where its padding is cut"
+            # A reader drops the sample that it is at when the fault comes; where padding is cut, that is not the last.
+            assert len(got) - len(expected) in ((0, 1, 2) if packed else (0,))
             assert bool(found.damage) == any(fault.kind == "damaged" for fault in damage)
 
 
