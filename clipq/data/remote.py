@@ -115,15 +115,20 @@ class RemoteFile:
     def _open(self) -> Any:
         """The file, at the byte where the last try failed."""
         file, at, about = (_open_http if self._url.startswith(HTTP) else _open_fsspec)(self._url, self._at)
-        self._about = self._about or about
-        if about != self._about or at > self._at:
+        before = self._about or about
+        if before.differs(about) or at > self._at:
             file.close()
-            raise RemoteError(f"it was changed while it was read ({self._about}, and then {about} from byte {at:,})")
+            raise RemoteError(f"it was changed while it was read ({before}, and then {about} from byte {at:,})")
+        size = before.size if about.size is None else about.size
+        self._about = About(size, about.version or before.version)
+        begun, start = time.monotonic(), at
         while at < self._at:  # the server gives no parts of a file
-            skipped = len(file.read(min(self._at - at, BLOCK)))
+            skipped = len(file.read1(min(self._at - at, BLOCK)))
             if not skipped:
                 raise EOFError(f"it ends before byte {self._at:,}, where the try before failed")
             at += skipped
+            if at - start < SLOW * (time.monotonic() - begun - SECONDS):
+                raise TimeoutError(f"slower than {SLOW:,} bytes/s on the way to where the try before failed")
         return file
 
     def _close(self) -> None:
@@ -138,6 +143,10 @@ class About(NamedTuple):
     size: int | None
     """Bytes of the whole."""
     version: str | None
+
+    def differs(self, other: About) -> bool:
+        """Whether both tell of something, and not the same."""
+        return any(a is not None and b is not None and a != b for a, b in zip(self, other, strict=True))
 
 
 def _open_http(url: str, at: int) -> tuple[Any, int, About]:

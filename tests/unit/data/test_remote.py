@@ -60,7 +60,10 @@ class Handler(BaseHTTPRequestHandler):
             data = data[int(ranges[1]) : end]  # pyright: ignore
         else:
             self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
+        if kind == "untold" and number == 1:  # its end is that of the connection
+            self.send_header("Connection", "close")
+        else:
+            self.send_header("Content-Length", str(len(data)))
         if kind == "changes":
             self.send_header("ETag", f'"{number}"')
         self.end_headers()
@@ -77,7 +80,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             self.connection.close()
             return
-        if (kind == "stall" and number == 1) or kind == "always-stall":
+        if (kind in ("stall", "untold") and number == 1) or kind == "always-stall":
             self.wfile.write(data[:half])
             self.wfile.flush()
             time.sleep(3 * remote.SECONDS)
@@ -113,9 +116,10 @@ def keys(url: str) -> list[str]:
 WHOLE = [f"{n:06d}" for n in range(COUNT)]
 
 
-@pytest.mark.parametrize("kind", ["good", "busy", "reset", "stall", "whole"])
+@pytest.mark.parametrize("kind", ["good", "busy", "reset", "stall", "whole", "untold"])
 def test_faults_that_pass_lose_nothing(kind: str, address: str, caplog: pytest.LogCaptureFixture) -> None:
-    """503 three times, a reset connection, a stalled one, a reset from a server that gives no parts of a file."""
+    """503 three times, a reset connection, a stalled one, a reset from a server that gives no parts of a file, one
+    that tells the size with the second answer only."""
     assert keys(f"{address}/{kind}/0.tar") == WHOLE
     assert ("again in" in caplog.text) is (kind != "good")
     assert all(kind == "good" or f"{address}/{kind}/0.tar" in m for m in caplog.messages)
