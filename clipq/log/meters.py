@@ -1,4 +1,4 @@
-"""Speed: images a second, time spent waiting for data, memory, floating-point operations."""
+"""Speed: images a second, time that the device waits for data, memory, floating-point operations."""
 
 from __future__ import annotations
 
@@ -80,6 +80,9 @@ class Meter:
         self._start = self._mark = time.perf_counter()
         self._paused = self._paused_in_interval = 0.0
         self._waited = 0.0
+        self._waits: list[tuple[float, torch.cuda.Event, torch.cuda.Event]] = []
+        """Of a GPU: seconds of a wait, the end of the step before and the begin of the one after."""
+        self._end: torch.cuda.Event | None = None
         self._images = 0
 
     def seconds(self) -> float:
@@ -88,10 +91,15 @@ class Meter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around the wait for a batch."""
+        """Around the wait for a batch. It counts as far as the device has nothing else to do meanwhile: the steps before
+        are often still running on a GPU."""
         start = time.perf_counter()
         yield
-        self._waited += time.perf_counter() - start
+        waited = time.perf_counter() - start
+        if self._end is None:
+            self._waited += waited
+        else:
+            self._waits.append((waited, self._end, self._event()))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -103,11 +111,19 @@ class Meter:
         self._paused_in_interval += pause
 
     def count(self, images: int) -> None:
-        """Notes the images of one step over all ranks."""
+        """Notes the images of one step over all ranks, after the last of its work was given to the device."""
         self._images += images
+        if self._device.type == "cuda":
+            self._end = self._event()
 
     def interval(self) -> dict[str, float | None]:
-        """Speed since the last call: images_per_second, data_wait (share of time), memory_gib (peak), mfu (share)."""
+        """Speed since the last call: images_per_second, data_wait (share of time), memory_gib (peak), mfu (share).
+
+        All work must be done that the device was given: the caller has read what came of the steps.
+        """
+        for waited, end, begin in self._waits:
+            self._waited += min(waited, end.elapsed_time(begin) / 1000)
+        self._waits.clear()
         now = time.perf_counter()
         elapsed = max(now - self._mark - self._paused_in_interval, 1e-9)
         rate = self._images / elapsed
@@ -122,6 +138,11 @@ class Meter:
         }
         self._mark, self._paused_in_interval, self._waited, self._images = now, 0.0, 0.0, 0
         return row
+
+    def _event(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
 
     def _memory_gib(self) -> float:
         if self._device.type == "cuda":

@@ -183,7 +183,7 @@ def _throughput(runs: Sequence[Run]) -> Plot | None:
         _Row("images/s", lambda run: run.train["images_per_second"], from_zero=True, noisy=True),
         _Row("waiting for data\n(% of time)", lambda run: 100 * run.train["data_wait"], from_zero=True, noisy=True),
     ]
-    caption = "Images trained on each second, and the share of the time that training waited for the loader."
+    caption = "Images trained on each second, and the share of the time that the device waited for the loader."
     return _rows(runs, "throughput", "Throughput", caption, rows)
 
 

@@ -62,3 +62,32 @@ def test_meter_counts_training_time_only() -> None:
     assert row["memory_gib"] > 0  # pyright: ignore
     time.sleep(0.05)
     assert meter.interval()["data_wait"] == 0
+
+
+@pytest.mark.gpu
+def test_a_wait_counts_only_while_the_gpu_has_nothing_to_do() -> None:
+    device = torch.device("cuda")
+
+    def busy(seconds: float) -> None:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        torch.cuda._sleep(10_000_000)
+        end.record()
+        end.synchronize()
+        torch.cuda._sleep(int(10_000_000 * seconds * 1000 / begin.elapsed_time(end)))
+
+    def share(work: float, wait: float) -> float:
+        busy(0.001)
+        meter = Meter(seconds=0.0, device=device, flops_per_image=None, world_size=1)
+        start = time.perf_counter()
+        busy(work)
+        meter.count(1)
+        with meter.waiting():
+            time.sleep(wait)
+        torch.cuda.synchronize()
+        elapsed = time.perf_counter() - start
+        return (meter.interval()["data_wait"] or 0.0) * elapsed
+
+    assert share(work=0.4, wait=0.2) < 0.001
+    assert 0.15 < share(work=0.2, wait=0.4) < 0.25
+    assert 0.19 < share(work=0.0, wait=0.2) < 0.25
