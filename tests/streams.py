@@ -17,7 +17,7 @@ TEXT = Captions("txt")
 
 def tokenizer(texts: list[str]) -> Tensor:
     """ "red 17" -> [17, …]: the number of the sample, and a few bytes of its caption."""
-    return torch.tensor([[int(t.split()[-1]), *t.encode()[:3]] for t in texts])
+    return torch.tensor([[int(t.split()[-1]) if t else 0, *f"{t:3}".encode()[:3]] for t in texts])
 
 
 def stream(

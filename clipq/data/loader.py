@@ -1,7 +1,7 @@
 """Batches: what the training loop and the evaluators draw from.
 
 The batches of a training run are a function of (seed, shards, lanes, batch size, step). Loader processes each read some
-of the lanes, and hand over their part of every batch.
+of the lanes, and write their part of every batch where all of it is.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import dataclasses
 import functools
 import itertools
 import logging
-import os
+import math
+import mmap
 import random
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -111,15 +113,39 @@ class Source:
         return self.image, self.captions.member
 
 
-@dataclass(frozen=True)
-class TrainStream(IterableDataset):
-    """The endless parts of one rank's batches that a loader process makes, from a place on; `batches` joins them.
+class Slots:
+    """Batches in the making, which the loader processes write to and the training process reads.
 
-    A part is {"image": [n, 3, H, W] uint8, "text": [n, context] int32, "key": [n], "at": [n] where in the batch,
-    "lanes": [lanes of the process][sources] their places after it, "faults": of this part}.
-    Where the data cannot be gone on with, the last is {"error": why}: an error that crosses from a process gets its
-    traceback into the message, and is in a cycle that keeps the other processes until it is collected.
+    Tensors sent from process to process cost a request each that the sender has to answer, while it is busy decoding.
+    The memory has no name: /dev/shm, where torch would share it, is 64 MB in a container.
+
+    Args:
+        count: of batches.
+        image: shape of a batch's images, uint8.
+        text: shape of a batch's tokens, int32.
     """
+
+    def __init__(self, count: int, image: tuple[int, ...], text: tuple[int, ...]) -> None:
+        self.image = self._shared((count, *image), torch.uint8)
+        self.text = self._shared((count, *text), torch.int32)
+
+    def taken(self, slot: int, *, pin_memory: bool) -> dict[str, Tensor]:
+        """A copy of a batch."""
+        found = {"image": self.image[slot], "text": self.text[slot]}
+        copies = {k: torch.empty(x.shape, dtype=x.dtype, pin_memory=pin_memory) for k, x in found.items()}
+        for name, copy in copies.items():
+            np.copyto(copy.numpy(), found[name].numpy())  # torch would ask threads that the cores have no time for
+        return copies
+
+    @staticmethod
+    def _shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+        return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+@dataclass(frozen=True)
+class TrainStream:
+    """Endless batches of one rank, from a place on; `batches` gives them."""
 
     sources: list[Source]
     transform: TrainTransform
@@ -147,9 +173,18 @@ class TrainStream(IterableDataset):
         """The same stream from a place on."""
         return dataclasses.replace(self, place=place)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        info = get_worker_info()
-        workers, worker = (info.num_workers, info.id) if info else (1, 0)
+    def slots(self, count: int) -> Slots:
+        context = len(self.tokenizer([""])[0])
+        return Slots(count, (self.batch_size, 3, *self.transform.size), (self.batch_size, context))
+
+    def parts(self, slots: Slots, worker: int, workers: int) -> Iterator[dict[str, Any]]:
+        """Writes the part of every batch that a loader process makes, the n-th into slot n mod slots.
+
+        What comes of it is {"at": [n] where in the batch, "key": [n], "lanes": [lanes of the process][sources] their
+        places after it, "faults": of this part}. Where the data cannot be gone on with, the last is {"error": why}: an
+        error that crosses from a process gets its traceback into the message, and is in a cycle that keeps the other
+        processes until it is collected.
+        """
         assert self.place is not None
         count = len(self.place.lanes)
         faults = Faults()
@@ -157,15 +192,19 @@ class TrainStream(IterableDataset):
         # sample g of all ranks is of lane g mod L, and rank r has those with g mod ranks = r
         first = -(-(self.place.drawn - self.rank) // self.world_size)
         encode = functools.lru_cache(maxsize=1 << 12)(self._encode)
-        while True:
+        for slot in itertools.cycle(range(len(slots.image))):
             at = [n for n in range(self.batch_size) if (first + n) % count in lanes]
+            keys: list[str] = []
             try:
-                pairs = [self._pair(lanes[(first + n) % count], encode, faults) for n in at]
+                for n in at:
+                    image, text, key = self._pair(lanes[(first + n) % count], encode, faults)
+                    slots.image[slot, n], slots.text[slot, n] = image, text
+                    keys.append(key)
             except DataError as error:
                 yield {"error": str(error)}
                 return
             places = [[tuple(lane.place) for lane in mix.lanes] for mix in lanes.values()]
-            yield {**self._stack(pairs), "at": at, "lanes": places, "faults": faults.taken()}
+            yield {"at": at, "key": keys, "lanes": places, "faults": faults.taken()}
             first += self.batch_size
 
     def _lane(self, own: int, start: StreamPlace, faults: Faults) -> Mix:
@@ -230,11 +269,17 @@ class TrainStream(IterableDataset):
         """What is random about a sample is its own: neither order nor processes change it."""
         return f"{self.seed} {lane.order.source} {item.visit.round} {item.visit.shard} {item.index}"
 
-    def _stack(self, pairs: Sequence[Pair]) -> dict[str, Any]:
-        if not pairs:  # more processes than pairs in a batch
-            return {"image": None, "text": None, "key": []}
-        images, texts, keys = zip(*pairs, strict=True)
-        return {"image": torch.stack(images), "text": torch.stack(texts), "key": list(keys)}
+
+@dataclass(frozen=True)
+class _Parts(IterableDataset):
+    """What of a stream the process makes in which it is iterated."""
+
+    stream: TrainStream
+    slots: Slots
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        info = get_worker_info()
+        return self.stream.parts(self.slots, *((info.id, info.num_workers) if info else (0, 1)))
 
 
 def batches(
@@ -257,8 +302,10 @@ def batches(
     faults = Faults()
     place = stream.place
     assert place is not None
-    loader = iter(make_loader(stream, workers=workers, prefetch=prefetch))
-    while True:
+    # A process begins a part when the one `prefetch` before is taken here; the batch before that is copied by then.
+    slots = stream.slots(prefetch + 1 if workers else 1)
+    loader = iter(make_loader(_Parts(stream, slots), workers=workers, prefetch=prefetch))
+    for slot in itertools.cycle(range(len(slots.image))):
         parts = [next(loader) for _ in range(max(1, workers))]
         for part in parts:
             if "error" in part:
@@ -272,24 +319,11 @@ def batches(
         faults.check(max_lost)
         keys: dict[int, str] = {n: key for part in parts for n, key in zip(part["at"], part["key"], strict=True)}
         yield {
-            "image": _join(parts, "image", stream.batch_size, pin_memory),
-            "text": _join(parts, "text", stream.batch_size, pin_memory),
+            **slots.taken(slot, pin_memory=pin_memory),
             "key": [keys[n] for n in range(stream.batch_size)],
             "place": place,
             "lost": sum(part["faults"].total for part in parts),
         }
-
-
-def _join(parts: list[dict[str, Any]], name: str, size: int, pin_memory: bool) -> Tensor:
-    """A batch's tensor from those of its parts."""
-    filled = [part for part in parts if part["at"]]
-    if len(filled) == 1 and not pin_memory:
-        return filled[0][name]
-    like = filled[0][name]
-    whole = torch.empty((size, *like.shape[1:]), dtype=like.dtype, pin_memory=pin_memory)
-    for part in filled:
-        whole.numpy()[part["at"]] = part[name].numpy()  # twice as fast as torch's own
-    return whole
 
 
 def default_workers(local_world_size: int) -> int:
@@ -315,7 +349,8 @@ def make_loader(
         prefetch_factor=prefetch if workers else None,
         pin_memory=pin_memory,
         worker_init_fn=_one_thread if workers else None,
-        multiprocessing_context=_start_method() if workers else None,
+        # Forked processes begin in milliseconds. Children of a process that uses CUDA must not: ours never do.
+        multiprocessing_context="fork" if workers else None,
         # Without one of its own the loader draws a number from the global generator, which dropout draws from too: a
         # resumed run would have other masks than an uninterrupted one.
         generator=torch.Generator(),
@@ -329,9 +364,3 @@ def _as_it_is(batch: Any) -> Any:
 
 def _one_thread(worker: int) -> None:
     torch.set_num_threads(1)
-
-
-def _start_method() -> str:
-    """Fork where it is safe: it starts workers in milliseconds. A process that holds a CUDA context must not fork
-    children that touch CUDA; ours never do."""
-    return "fork" if hasattr(os, "fork") else "spawn"

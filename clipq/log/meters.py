@@ -91,8 +91,8 @@ class Meter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around the wait for a batch. It counts as far as the device has nothing else to do meanwhile: the steps before
-        are often still running on a GPU."""
+        """Around the wait for a batch. It counts as far as the device has nothing else to do meanwhile: a GPU is often
+        still busy with the steps before."""
         start = time.perf_counter()
         yield
         waited = time.perf_counter() - start

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import pickle
 import random
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from clipq.data.decode import Captions, TrainTransform
-from clipq.data.loader import Source, StreamPlace, default_workers
+from clipq.data.loader import Source, StreamPlace, batches, default_workers
 from tests.helpers import colour_shards, encode, picture, write_shard
 from tests.streams import TEXT, mixed, numbers, same, stream, taken
 
@@ -40,6 +44,27 @@ def test_batches_are_the_same_for_any_number_of_processes(shards: list[str], wor
     whole = taken(stream(shards), 12)
     assert same(taken(stream(shards), 12, workers), whole)
     assert not same(whole[:4], taken(stream(shards, seed=1), 4))
+
+
+class SlowInOneProcess(TrainTransform):
+    def __call__(self, data: bytes, rng: random.Random) -> Tensor:
+        info = get_worker_info()
+        if info is not None and info.id == 1:
+            time.sleep(0.005)
+        return super().__call__(data, rng)
+
+
+@pytest.mark.parametrize("prefetch", [1, 3])
+def test_no_process_writes_to_a_batch_that_is_not_taken_yet(shards: list[str], prefetch: int) -> None:
+    s = stream(shards, transform=SlowInOneProcess((8, 8)), batch_size=16)
+    ahead = list(itertools.islice(batches(s, workers=2, prefetch=prefetch), 8))
+    assert same(ahead, taken(s, 8))
+
+
+def test_processes_send_no_tensors(shards: list[str]) -> None:
+    """Torch would send them through /dev/shm, which is small in containers: a process that finds it full is killed."""
+    s = stream(shards)
+    assert b"torch" not in pickle.dumps(next(s.parts(s.slots(1), 0, 1)))
 
 
 @pytest.mark.parametrize(("before", "after"), [(0, 0), (1, 3), (4, 1), (2, 2)])

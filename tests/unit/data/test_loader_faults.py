@@ -175,9 +175,10 @@ def test_an_old_run_notices_faults_too() -> None:
     raise AssertionError("3,000 shards were lost in a row")
 
 
-def kill_the_loader(image: bytes, rng: random.Random) -> Tensor:
-    os.kill(os.getpid(), signal.SIGKILL)
-    raise AssertionError
+class KillTheLoader(TrainTransform):
+    def __call__(self, data: bytes, rng: random.Random) -> Tensor:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
 
 
 def test_a_killed_loader_process_ends_the_run(shards: list[str]) -> None:
@@ -185,7 +186,7 @@ def test_a_killed_loader_process_ends_the_run(shards: list[str]) -> None:
     env = DistEnv(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"))
     config = DataConfig(name="x", shards=shards)
     with pytest.raises(DataError, match=r"a loader process ended without a word .*data\.shuffle"):
-        next(train_batches(stream(shards, transform=kill_the_loader), 1, config, env, None))
+        next(train_batches(stream(shards, transform=KillTheLoader((8, 8))), 1, config, env, None))
 
 
 def test_warnings_of_workers_reach_the_log(tmp_path: Path) -> None:
