@@ -279,7 +279,10 @@ class _Parts(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
-        return self.stream.parts(self.slots, *((info.id, info.num_workers) if info else (0, 1)))
+        parts = self.stream.parts(self.slots, *((info.id, info.num_workers) if info else (0, 1)))
+        # It has no end, whatever happens: torch would give the tasks of a process that has come to its end to others,
+        # which then write to batches that are not taken yet.
+        return iter(lambda: next(parts, {"error": "a loader process has ended before"}), None)
 
 
 def batches(

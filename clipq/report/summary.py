@@ -143,7 +143,7 @@ def final_loss(run: Run) -> float:
 
 
 def wait_share(run: Run) -> float | None:
-    """Share of the training time spent waiting for data: each logged share weighted by the time it covers."""
+    """Share of the training time in which the device waited for data: each logged share weighted by the time it covers."""
     wait, rate, samples = (run.train[c] for c in ("data_wait", "images_per_second", "samples"))
     logged = np.isfinite(wait) & np.isfinite(rate) & np.isfinite(samples) & (rate > 0)
     if not logged.any():
@@ -238,7 +238,7 @@ _MEASURES: dict[str, tuple[_Measure, ...]] = {
     ),
     "Speed": (
         ("images_per_second", "images/s", _logged("images_per_second", np.median), count, 1, "median"),
-        ("data_wait", "waiting for data", wait_share, percent, -1, "share of the training time"),
+        ("data_wait", "waiting for data", wait_share, percent, -1, "share of the time, of the device"),
         ("mfu", "MFU", _logged("mfu", np.median), percent, 1, "model FLOPs utilization, median"),
         ("memory_gib", "memory (GiB)", _logged("memory_gib", np.max), decimal, -1, "highest logged"),
     ),

@@ -70,7 +70,7 @@ class Graphed:
         torch.cuda.empty_cache()  # the graph has a pool of its own
         self._inputs = [torch.empty_like(x, device=self._device) for x in inputs]
         graph = torch.cuda.CUDAGraph()
-        # only this thread's calls are checked: the loader's pinning thread uses CUDA at the same time
+        # only this thread's calls are checked: other threads may use CUDA at the same time
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._output = self._function(*self._inputs)
         return graph

@@ -61,6 +61,32 @@ def test_no_process_writes_to_a_batch_that_is_not_taken_yet(shards: list[str], p
     assert same(ahead, taken(s, 8))
 
 
+class FailsInOneProcess(TrainTransform):
+    """At the 25th image of process 0, while process 1 takes its time."""
+
+    def __call__(self, data: bytes, rng: random.Random) -> Tensor:
+        info = get_worker_info()
+        if info is not None and info.id == 0:
+            self.__dict__["seen"] = self.__dict__.get("seen", 0) + 1
+            if self.__dict__["seen"] == 25:
+                raise RuntimeError("a fault")
+        if info is not None and info.id == 1:
+            time.sleep(0.005)
+        return super().__call__(data, rng)
+
+
+def test_batches_before_an_error_are_whole(shards: list[str]) -> None:
+    """Those that a run still trains on, and may save."""
+    s = stream(shards, transform=FailsInOneProcess((8, 8)), batch_size=16, lanes=4)
+    found = []
+    with pytest.raises(RuntimeError, match="a fault"):
+        for batch in batches(s, workers=2, prefetch=4):
+            found.append(batch)
+            time.sleep(0.3)
+    assert len(found) == 3
+    assert same(found, taken(s, 3))
+
+
 def test_processes_send_no_tensors(shards: list[str]) -> None:
     """Torch would send them through /dev/shm, which is small in containers: a process that finds it full is killed."""
     s = stream(shards)
