@@ -1,5 +1,5 @@
 # Not built by CI.
-# docker build -t clipq . && docker run --rm --gpus all -v "$PWD/runs:/clipq/runs" clipq clipq-train experiment=demo
+# docker build -t clipq . && docker run --rm --gpus all --ipc=host -v "$PWD/runs:/clipq/runs" clipq clipq-train experiment=demo
 FROM python:3.12-slim-bookworm
 # Triton compiles a launcher at run time and needs a C compiler.
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev make && rm -rf /var/lib/apt/lists/*

@@ -143,7 +143,7 @@ def final_loss(run: Run) -> float:
 
 
 def wait_share(run: Run) -> float | None:
-    """Share of the training time in which the device waited for data: each logged share weighted by the time it covers."""
+    """Share of the time in which the device waited for data: each logged share weighted by the time it covers."""
     wait, rate, samples = (run.train[c] for c in ("data_wait", "images_per_second", "samples"))
     logged = np.isfinite(wait) & np.isfinite(rate) & np.isfinite(samples) & (rate > 0)
     if not logged.any():
