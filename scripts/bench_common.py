@@ -52,8 +52,8 @@ def kernels(f: Callable[[], Any]) -> dict[str, dict[str, float]]:
         f()
         torch.cuda.synchronize()
     counts, times = Counter(), Counter()
-    for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
+    for event in profiler.events() or ():
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:  # pyright: ignore[reportPrivateImportUsage]
             counts[event.name[:90]] += 1
             times[event.name[:90]] += event.time_range.elapsed_us() / 1e3
     if not counts:

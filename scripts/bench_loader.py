@@ -39,11 +39,10 @@ def ours(shards: list[str], size: int) -> Iterator[Any]:
 
     from clipq.data.decode import Captions, TrainTransform
     from clipq.data.loader import Source, TrainStream, batches
-    from clipq.data.order import Order, usual_lanes
+    from clipq.data.order import usual_lanes
 
-    lanes = usual_lanes(len(shards), 1)
-    source = Source(shards, Order(len(shards), lanes, seed=0, shuffle=1024), Captions())
-    stream = TrainStream([source], TrainTransform((size, size)), open_clip.get_tokenizer("ViT-B-32"), BATCH, lanes)
+    tokenizer, lanes = open_clip.get_tokenizer("ViT-B-32"), usual_lanes(len(shards), 1)
+    stream = TrainStream([Source(shards, Captions())], TrainTransform((size, size)), tokenizer, BATCH, lanes)
     return batches(stream, workers=0)
 
 

@@ -53,14 +53,14 @@ def as_shipped(options: argparse.Namespace, compiled: bool) -> nn.Module:
             options.model, output_dict=True, force_patch_dropout=options.patch_dropout
         ).cuda()
     if compiled:
-        for tower in (model.visual.transformer, model.transformer):
-            for block in tower.resblocks:
+        for tower in (model.visual.transformer, model.transformer):  # pyright: ignore
+            for block in tower.resblocks:  # pyright: ignore
                 block.forward = torch.compile(block.forward)
     return model
 
 
 def torchao_float8(options: argparse.Namespace, recipe: str) -> nn.Module:
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # pyright: ignore[reportMissingImports]
 
     model = ours_uncompiled(options)
     convert_to_float8_training(
@@ -72,8 +72,8 @@ def torchao_float8(options: argparse.Namespace, recipe: str) -> nn.Module:
 
 
 def torchao_int8(options: argparse.Namespace) -> nn.Module:
-    from torchao.prototype.quantized_training import Int8MixedPrecisionTrainingConfig, int8_mixed_precision_training
-    from torchao.quantization import quantize_
+    from torchao.prototype.quantized_training import Int8MixedPrecisionTrainingConfig, int8_mixed_precision_training  # pyright: ignore[reportMissingImports]
+    from torchao.quantization import quantize_  # pyright: ignore[reportMissingImports]
 
     model = ours_uncompiled(options).to(torch.bfloat16)
     config = int8_mixed_precision_training(Int8MixedPrecisionTrainingConfig(), module_swap=True)
@@ -114,7 +114,7 @@ def measure(options: argparse.Namespace, column: str) -> dict[str, Any]:
     size = model.visual.image_size  # pyright: ignore[reportAttributeAccessIssue]
     size = size if isinstance(size, tuple) else (size, size)
     weights = next(model.parameters()).dtype
-    images = torch.randn(options.batch, 3, *size, device="cuda", dtype=weights)
+    images = torch.randn(options.batch, 3, *size, device="cuda", dtype=weights)  # pyright: ignore
     texts = torch.randint(1, 49000, (options.batch, 77), device="cuda")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.98), eps=1e-6, fused=True)
     model.train()

@@ -62,7 +62,7 @@ def main() -> None:
     options, overrides = parser.parse_known_args()
     jobs = [(r, s) for s in range(options.seeds) for r in options.recipes if s == 0 or r not in options.once]
     with ThreadPoolExecutor(options.jobs) as pool:
-        runs = dict(zip(jobs, pool.map(lambda job: train(*job, overrides), jobs), strict=True))
+        runs = dict(zip(jobs, pool.map(lambda job: train(*job, overrides), jobs), strict=True))  # pyright: ignore[reportCallIssue]
     results: dict[str, Any] = {}
     for recipe in options.recipes:
         own = [run for (name, _), run in runs.items() if name == recipe]
