@@ -299,6 +299,11 @@ def resume(
     """
     path = newest(checkpoints.folder)
     if path is None:
+        if (checkpoints.folder.parent / "metrics.jsonl").exists():
+            log.warning(
+                "%s has no complete checkpoint: the run begins anew (checkpoint.every sets how often one is saved)",
+                checkpoints.folder.parent,
+            )
         return lanes
     saved = load(path, state, env)
     anew = f"or choose another name=, with model.pretrained={path} to start from its weights"

@@ -89,8 +89,8 @@ class TrainJob:
         s = self.schedule
         require(
             s.warmup + s.cooldown <= self.steps,
-            f"schedule.warmup={s.warmup} and schedule.cooldown={s.cooldown} are longer than the run, "
-            f"steps={self.steps}: lower them or raise steps",
+            f"schedule.warmup={s.warmup}{f' with schedule.cooldown={s.cooldown}' if s.cooldown else ''} is longer than "
+            f"the run, steps={self.steps}: lower it or raise steps",
         )
         require(
             bool(self.name) and "/" not in self.name and self.name not in (".", ".."),

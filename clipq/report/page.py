@@ -16,7 +16,6 @@ from clipq.report.summary import (
     Quantity,
     chance_of,
     compare,
-    decimal,
     is_chance,
     is_share,
     metric_label,
@@ -250,7 +249,7 @@ def _examples(runs: Sequence[Run]) -> str:
             )
     if not parts:
         return ""
-    return "<section>\n<h2>Examples</h2>\n" + "\n".join(parts) + "\n</section>"
+    return "<section>\n<h2>Examples</h2>\n<p>Scores are cosine similarities.</p>\n" + "\n".join(parts) + "\n</section>"
 
 
 def _example_grid(examples: ExampleSet) -> str:
@@ -274,7 +273,7 @@ def _example(example: Example) -> str:
         rows.append(
             f'<li{_class("truth" if true else "")}><span class="bar" style="width:{share:.1f}%"></span>'
             f'<span class="caption">{"✓ " if true else ""}{escape(caption)}</span>'
-            f'<span class="score">{escape(percent(score) if 0 <= score <= 1 else decimal(score))}</span></li>'
+            f'<span class="score">{score:.3f}</span></li>'
         )
     truth = "<br>".join(escape(t) for t in example.truth)
     return (

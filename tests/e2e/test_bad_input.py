@@ -56,7 +56,7 @@ MISTAKES = {
     "shard that is none": (["data.shards=tiny.json"], ["data.shards: no sample could be read from tiny.json"]),
     "missing caption field": (["data.caption.field=json.nothing"], ["json field 'nothing'", "has: captions, n"]),
     "negative steps": (["steps=0"], ["steps=0: expected 1 or more"]),
-    "warm-up too long": (["steps=10", "schedule.warmup=20"], ["schedule.warmup=20", "steps=10", "lower them"]),
+    "warm-up too long": (["steps=10", "schedule.warmup=20"], ["schedule.warmup=20", "steps=10", "lower it"]),
     "cooldown without its schedule": (["schedule.cooldown=5"], ["constant_cooldown"]),
     "crop larger than the image": (["data.augment.scale=[0.5,1.5]"], ["data.augment.scale", "1.0"]),
     "negative learning rate": (["optim.lr=-1"], ["optim.lr=-1", "positive"]),

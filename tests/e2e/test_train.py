@@ -142,6 +142,16 @@ def read_metrics_of_live_run(folder: Path) -> list[str]:
     return [line for line in (folder / "metrics.jsonl").read_text().split("\n")[:-1] if '"train"' in line]
 
 
+def test_a_run_killed_before_its_first_checkpoint_says_that_it_begins_anew(world: Path) -> None:
+    run = overrides(world, "name=anew", "steps=2", "schedule.warmup=1", "eval=none")
+    run = [o for o in run if not o.startswith("eval.")]
+    assert "begins anew" not in command("train", *run, cwd=world).stdout
+    shutil.rmtree(world / "runs" / "anew" / "checkpoints")
+    done = command("train", *run, cwd=world)
+    assert "runs/anew has no complete checkpoint: the run begins anew" in done.stdout
+    assert [row["step"] for row in read_metrics(world / "runs" / "anew")] == [1, 2]
+
+
 def test_finished_run_says_so(whole_run: Path, world: Path) -> None:
     before = (whole_run / "metrics.jsonl").read_text()
     done = command("train", *overrides(world, "name=whole"), cwd=world)

@@ -111,8 +111,8 @@ def test_headline_numbers(rich):
 def test_examples_are_marked_right_and_wrong(rich):
     found = shown([rich])
     assert "1 of these 2 right" in found.content
-    assert "✓ right · truth: a red circle ✓ a red circle 83.0 % a red square 10.0 %" in found.content
-    assert "✗ wrong · truth: a red circle a blue ring 60.0 % ✓ a red circle 30.0 %" in found.content
+    assert "✓ right · truth: a red circle ✓ a red circle 0.830 a red square 0.100" in found.content
+    assert "✗ wrong · truth: a red circle a blue ring 0.600 ✓ a red circle 0.300" in found.content
 
 
 def test_any_of_several_captions_is_right(write_run):
