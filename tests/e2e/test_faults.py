@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import json
+import logging
 import multiprocessing
 import re
 import resource
@@ -21,7 +23,6 @@ from typing import NamedTuple
 import pytest
 
 from clipq.data.loader import Source, batches
-from clipq.data.shards import DataError
 from tests.helpers import colour_samples, write_shard
 from tests.streams import TEXT, mixed, numbers
 
@@ -152,8 +153,6 @@ CASES = {
 
 def one_pass(shards: list[str], places: int, log: Path, result: Path) -> None:
     """In a process of its own, under a limit: delivered numbers, and what was lost."""
-    import logging
-
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + SPARE_MEMORY, -1))
     handler = logging.FileHandler(log)
@@ -161,7 +160,7 @@ def one_pass(shards: list[str], places: int, log: Path, result: Path) -> None:
     counts: list[int | None] = [SAMPLES] * len(shards)
     stream = mixed([Source(shards, TEXT, "png", counts=counts)], batch_size=1, lanes=1, shuffle=1)
     found = list(itertools.islice(batches(stream, workers=0, max_lost=0.5), places))
-    result.write_text(repr((numbers(found), sum(batch["lost"] for batch in found))))
+    result.write_text(json.dumps([numbers(found), sum(batch["lost"] for batch in found)]))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -183,7 +182,7 @@ def test_a_pass_with_one_faulty_shard(name: str, tmp_path: Path) -> None:
     process.kill()
     assert process.exitcode == 0, "an error, more memory than it may have, or a hang"
 
-    delivered, lost = eval((tmp_path / "result").read_text())
+    delivered, lost = json.loads((tmp_path / "result").read_text())
     kept = {FIRST + n for n in case.kept}
     assert set(delivered) == good | kept
     again = len(delivered) - len(set(delivered))
@@ -196,12 +195,3 @@ def test_a_pass_with_one_faulty_shard(name: str, tmp_path: Path) -> None:
     else:
         assert log == ""
     assert set(tmp_path.parent.iterdir()) == before, "a key was taken for a path"
-
-
-def test_an_error_budget_that_is_used_up_ends_the_run(tmp_path: Path) -> None:
-    shards = [write_shard(tmp_path / "0.tar", colour_samples(SAMPLES))]
-    shards += [tmp_path / f"missing_{n}.tar" for n in range(20)]
-    stream = mixed([Source([str(s) for s in shards], TEXT, "png")], batch_size=4, lanes=2)
-    with pytest.raises(DataError, match=r"of the last \d+ shards could not be read.*data\.max_lost"):
-        for _ in itertools.islice(batches(stream, workers=0), 200):
-            pass

@@ -48,17 +48,18 @@ def start(world: Path, settings: list[str], ranks: int) -> list[subprocess.Popen
     if ranks > 1:
         shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost"}
         environments = [shared | {"MASTER_PORT": port, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(ranks)]
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "clipq.cli.train", *settings],
-            cwd=world,
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | own,
-            stdout=output.open("w"),
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        for own in environments
-    ]
+    with output.open("w") as file:
+        return [
+            subprocess.Popen(
+                [sys.executable, "-m", "clipq.cli.train", *settings],
+                cwd=world,
+                env=os.environ | {"OMP_NUM_THREADS": "1"} | own,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            for own in environments
+        ]
 
 
 def steps_done(folder: Path) -> int:
