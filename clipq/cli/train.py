@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,9 @@ log = logging.getLogger("clipq.cli.train")  # __name__ is __main__ under `python
 
 
 def main() -> None:
+    # Read as torch is imported. Without it the compiler chooses tiles by timing them, and two runs of one command on a
+    # GPU round differently.
+    os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
     run(TrainJob, "train", train_job, synthetic=synthetic)
 
 

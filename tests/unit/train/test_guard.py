@@ -257,7 +257,7 @@ def rank_of_two(folder: str, policy: str, kind: str) -> None:
         torch.save({"stopped": stopped, "batches": batches, "weights": state}, f"{folder}/{env.rank}.pt")
 
 
-@pytest.mark.parametrize("kind", [NAN, BOMB])
+@pytest.mark.parametrize("kind", [pytest.param(NAN, marks=pytest.mark.slow), BOMB])
 @pytest.mark.parametrize(("policy", "batches"), [("stop", 6), ("skip", 6), ("rewind", 8)])
 def test_two_processes_decide_alike(policy: str, batches: int, kind: str, tmp_path: Path) -> None:
     colour_shards(tmp_path, [30, 30])
