@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from clipq.build_backend import AUTOCAST, compile_blocks, convert, wants_graph
+from clipq.build_backend import AUTOCAST, compile_blocks, convert, wants_graph, warn_of_slow_bf16
 from clipq.build_data import build_captions, build_stream, find_sources, interpolation, loader_processes, train_batches
 from clipq.build_watch import build_guard, build_watch
 from clipq.config.checks import ConfigError
@@ -202,6 +202,7 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
 
     The order is: data (cheap to find wrong), model, conversion to the recipe, optimizer, checkpoint, parallel, compile.
     """
+    warn_of_slow_bf16(job.backend, env.device)
     torch.manual_seed(job.seed)
     with reported_as_config_error():
         sources = find_sources(job.data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 from pathlib import Path
 
 import torch
@@ -104,6 +105,18 @@ def image_tokens(model: nn.Module, *, training: bool) -> int:
     if training and isinstance(dropout, PatchDropout):
         return 1 + dropout.kept(length - 1)
     return length
+
+
+def warn_of_slow_bf16(config: BackendConfig, device: torch.device) -> None:
+    """Says so where torch multiplies bf16 without instructions for it: by loops, slower than fp32 by far."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    if device.type == "cpu" and config.precision is Precision.bf16 and x86 and not capability.startswith("AVX512"):
+        log.warning(
+            "backend.precision=bf16 is some ten times slower than fp32 on a CPU without AVX-512 (this one: %s): choose "
+            "backend=fp32, or backend.precision=fp32 with another recipe",
+            capability,
+        )
 
 
 def compile_blocks(model: nn.Module, config: BackendConfig, env: DistEnv) -> None:

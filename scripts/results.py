@@ -94,7 +94,7 @@ STEP_NAMES = {
 def step_table(results: list[dict[str, Any]]) -> str:
     """Training steps; each ratio is to the first column of the same run."""
     rows = [
-        "| model, device | what | step as a CUDA graph | launched one by one | kernels alone | peak memory |",
+        "| model, device | what | step as a CUDA graph | one by one | its kernels alone | its peak memory |",
         "|---|---|---|---|---|---|",
     ]
     for result in results:
@@ -158,10 +158,11 @@ def gemm_table(results: list[dict[str, Any]]) -> str:
     rows = []
     for result in results:
         found, device = result["results"], result["environment"]["device"]
-        rows += [f"| tokens × inner × outputs, {device} | bf16 | int8 | fp8 |", "|---|---|---|---|"]
+        rows += [f"| tokens × inner × outputs, {device} | bf16 | int8 | fp8 | int8 with a residual |", "|---" * 5 + "|"]
         for shape, p in found["products"].items():
             int8, fp8 = (f"{p[kind]:,.0f}, ×{p[f'{kind}_ratio']:.2f}" for kind in ("int8", "fp8"))
-            rows.append(f"| {shape.replace('x', ' × ')} | {p['bf16']:,.0f} | {int8} | {fp8} |")
+            residual = f"{p['int8_residual']:,.0f}"
+            rows.append(f"| {shape.replace('x', ' × ')} | {p['bf16']:,.0f} | {int8} | {fp8} | {residual} |")
         widths = list(found["producers"])
         rows += ["", f"| kernel over rows, {device} | " + " | ".join(f"width {w}" for w in widths) + " |"]
         rows.append("|---" * (len(widths) + 1) + "|")

@@ -39,13 +39,14 @@ def eval_job(job: EvalJob, resolved: str) -> None:
 
 def _evaluate(job: EvalJob, env: DistEnv) -> None:
     from clipq.build import build_encoder, build_evaluators, build_model, reported_as_config_error
-    from clipq.build_backend import convert
+    from clipq.build_backend import convert, warn_of_slow_bf16
     from clipq.eval.common import EvalError
     from clipq.log.console import Console, setup_logging
     from clipq.log.folder import environment
 
     console = Console(enabled=env.is_main)
     setup_logging(console, file=None, rank=env.rank)
+    warn_of_slow_bf16(job.backend, env.device)
     with reported_as_config_error():
         config, output = resolve_checkpoint(job)
         evaluators = build_evaluators(job.eval)

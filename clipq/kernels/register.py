@@ -47,7 +47,8 @@ def register(name: str, schema: str, *, reference: Callable[..., Any], fake: Cal
 
 
 def implementation(device: torch.device | str, dtype: torch.dtype = torch.int8) -> str:
-    """What computes a product of `dtype` on `device`: "triton (TMA)", "triton" or "reference".
+    """What computes a product of `dtype` on `device`: "triton (TMA)", "triton", "reference", or that it is not known
+    yet.
 
     Raises:
         RuntimeError: the device cannot compute with this type.
@@ -57,12 +58,22 @@ def implementation(device: torch.device | str, dtype: torch.dtype = torch.int8) 
     if device.type not in ("cpu", "cuda", "meta"):
         raise RuntimeError(f"{device}: low precision is implemented for CUDA, and for the CPU to test with")
     if device.type != "cuda":
-        return "reference"
+        return "reference" if device.type == "cpu" else "not known yet (meta)"
     capability = torch.cuda.get_device_capability(device)
-    needed = (8, 9) if dtype is not torch.int8 else (8, 0)
+    needed = least_capability(dtype)
     if capability < needed:
         raise RuntimeError(
             f"{torch.cuda.get_device_name(device)} (compute capability {capability[0]}.{capability[1]}) has no {dtype} "
             f"products: they need {needed[0]}.{needed[1]} or newer"
         )
-    return "triton (TMA)" if capability[0] == 9 else "triton"
+    return "triton (TMA)" if has_tma(device) else "triton"
+
+
+def least_capability(dtype: torch.dtype) -> tuple[int, int]:
+    """Compute capability from which on NVIDIA's GPUs multiply this type, and Triton converts to it."""
+    return (8, 0) if dtype is torch.int8 else (8, 9)
+
+
+def has_tma(device: torch.device) -> bool:
+    """Whether the GPU has Hopper's tensor memory accelerator."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9

@@ -79,7 +79,7 @@ def quantize_store(q_ptr, scale_ptr, x0, x1, rows, cols0, cols1, M, K, QMAX: tl.
 @triton.jit
 def store_sums(ptr, sums0, sums1, cols0, cols1, K, stride):
     """This program's share of a sum over rows: K columns of row `program_id` of a matrix, for `column_sums`."""
-    base = ptr + tl.full((), 0, tl.int64) + tl.program_id(0) * stride
+    base = ptr + tl.cast(tl.program_id(0), tl.int64) * stride
     tl.store(base + cols0, tl.sum(sums0, axis=0), mask=cols0 < K)
     tl.store(base + cols1, tl.sum(sums1, axis=0), mask=cols1 < K)
 

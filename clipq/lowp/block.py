@@ -47,6 +47,8 @@ def _needs_its_own_call(module: nn.Module) -> str | None:
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if any(getattr(module, name) for name in hooks):
         return "has hooks"
+    if "forward" in module.__dict__:
+        return "has another forward than its class"
     made = isinstance(module, nn.Linear) and "weight" not in module._parameters
     return "computes its weight (pruning, weight norm)" if made else None
 
@@ -67,14 +69,15 @@ def fuse(block: Any) -> str | None:
             return f"{name} follows another recipe than attn.in_proj"
         if not layer.recipe.fusable:
             return f"recipe {layer.recipe.name} does not quantize row by row with 16-bit weight gradients"
-    for name in ("ln_1", "ln_2", "attn.in_proj", "mlp.c_fc", "mlp.act", "mlp.c_proj"):
-        why = _needs_its_own_call(block.get_submodule(name))
+    for name, module in block.named_modules():
+        # what `attend` calls is called; attn.out_proj is called with the residual, which a hook does not expect
+        why = None if name in ("", "attn.ln_q", "attn.ln_k", "attn.ln_inner") else _needs_its_own_call(module)
         if why is not None:
             return f"{name} {why}, and a fused block does not call it"
     for name in ("attn.in_proj", "mlp.c_fc"):
         norm = block.get_submodule(pairs[name].producer)
-        if not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
-            return f"{pairs[name].producer} is not a layer norm with weight and bias"
+        if pairs[name].kind != "layer_norm" or norm.weight is None or norm.bias is None:
+            return f"{pairs[name].producer} is not a layer norm with weight and bias, or a subclass of it"
     activation = pairs["mlp.c_proj"].kind
     if activation not in FORWARDS:
         return f"{pairs['mlp.c_proj'].producer} is neither GELU nor QuickGELU"

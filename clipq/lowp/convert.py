@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from clipq.kernels import implementation
 from clipq.lowp.block import fuse
@@ -79,8 +80,12 @@ def convert_linears(
     attention = {
         f"{name}.out_proj".lstrip(".") for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)
     }
-    for name, layer in list(model.named_modules()):
+    first: dict[nn.Module, str] = {}
+    for name, layer in list(model.named_modules(remove_duplicate=False)):
         if not isinstance(layer, nn.Linear):
+            continue
+        if first.setdefault(layer, name) != name:
+            report.kept[name] = f"it is the same module as {first[layer]}"
             continue
         why = _obstacle(name, layer, attention, filter)
         if why is None:
@@ -89,9 +94,7 @@ def convert_linears(
         else:
             report.kept[name] = why
     for name, block in list(model.named_modules()):
-        if isinstance(block, nn.TransformerEncoderLayer) and isinstance(block.linear1, LowpLinear):
-            # Evaluating, torch would hand the weights of linear1 and linear2 to a kernel of its own, in 16 bits.
-            block.activation_relu_or_gelu = 0
+        _leave_fast_path(block)
         if getattr(block, "fused", ...) is None and hasattr(block, "pairs"):  # one of clipq's blocks, not fused yet
             why = fuse(block)
             if why is None:
@@ -99,6 +102,17 @@ def convert_linears(
             else:
                 report.kept[name] = f"not fused, {why}"
     return report
+
+
+def _leave_fast_path(module: nn.Module) -> None:
+    """Evaluating, torch's encoders would hand weights to a kernel of their own, in 16 bits, and make nested tensors for
+    it."""
+    if not any(isinstance(m, LowpLinear) for m in module.modules()):
+        return
+    if isinstance(module, nn.TransformerEncoder):
+        module.use_nested_tensor = False
+    if isinstance(module, nn.TransformerEncoderLayer):
+        module.activation_relu_or_gelu = 0
 
 
 def _implementation(recipe: LinearRecipe, device: torch.device) -> str:
@@ -114,6 +128,8 @@ def _obstacle(
         return "nn.MultiheadAttention reads the weights itself and never calls the layer"
     if isinstance(layer, LowpLinear):
         return f"it follows recipe {layer.recipe.name} already"
+    if "forward" in layer.__dict__:
+        return "its forward was replaced by another, which would not know of the recipe"
     if type(layer) is not nn.Linear:
         return f"it is a subclass of nn.Linear ({type(layer).__name__})"
     wanted = True if filter is None else filter(name, layer)
@@ -128,7 +144,8 @@ def quantized_once(model: nn.Module) -> Iterator[None]:
     layers that FSDP has sharded, in their first forward.
 
     Put the micro-steps of one optimizer step into it. Without it each forward quantizes its weights, which is always
-    right.
+    right. Inside, weights that `torch.func.functional_call` puts in their place, or that are written through `.data`,
+    are not seen.
 
     Raises:
         RuntimeError: a weight was changed inside of the block, so that later forwards used an old one.
@@ -140,6 +157,10 @@ def quantized_once(model: nn.Module) -> Iterator[None]:
         if isinstance(m, LowpLinear) and "weight" in m._parameters
     }
     versions = {name: layer.weight._version for name, layer in layers.items()}
+    stepped: set[int] = set()  # fused optimizers leave the version as it is
+    hook = register_optimizer_step_post_hook(
+        lambda optimizer, *_: stepped.update(id(p) for group in optimizer.param_groups for p in group["params"])
+    )
     before = {name: (layer._held, layer._holding) for name, layer in layers.items()}
     for layer in layers.values():
         layer._holding = True
@@ -149,9 +170,10 @@ def quantized_once(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        hook.remove()
         for name, layer in layers.items():
             layer._held, layer._holding = before[name]
-    changed = [name for name, layer in layers.items() if layer.weight._version != versions[name]]
+    changed = [n for n, m in layers.items() if m.weight._version != versions[n] or id(m.weight) in stepped]
     if changed:
         raise RuntimeError(
             f"{changed[0]}.weight (and {len(changed) - 1} more) changed inside of quantized_once: end the block before "

@@ -48,10 +48,16 @@ class _NormProjections(torch.autograd.Function):
         forward, _ = _types(recipe)
         x_bn = x.flatten(0, -2)
         y_bn, q, scale, mean, rstd = kernels.layer_norm_quantize(
-            x_bn, norm_weight_n, norm_bias_n, eps, out_dtype=dtype, dtype=forward, keep=recipe.saved is Saved.input
+            x_bn,
+            norm_weight_n,
+            norm_bias_n,
+            eps,
+            out_dtype=dtype,
+            dtype=forward,
+            keep=_saves(ctx, 4, recipe) is Saved.input,
         )
         out_bm = multiply(Quantized(q, scale), Quantized(w_q, w_scale), bias=bias_m, out_dtype=dtype, simulated=False)
-        kept = {Saved.input: (y_bn,), Saved.quantized: (q, scale), Saved.recomputed: ()}[recipe.saved]
+        kept = _to_keep(_saves(ctx, 4, recipe), y_bn, q, scale)
         ctx.save_for_backward(x_bn, norm_weight_n, norm_bias_n, mean, rstd, w_qt, w_qt_scale, *kept)
         ctx.recipe, ctx.dtype = recipe, dtype
         ctx.weight_dtype, ctx.norm_dtype = weight_mn.dtype, norm_weight_n.dtype
@@ -69,8 +75,8 @@ class _NormProjections(torch.autograd.Function):
             *(g.flatten(0, -2).to(ctx.dtype) for g in grads[:3]), dtype=backward
         )
         dy_bn = multiply(Quantized(q, scale), Quantized(w_qt, w_qt_scale), out_dtype=ctx.dtype, simulated=False)
-        dx, *dnorm, y_bn = _norm_backward(ctx, dy_bn, x_bn, norm, residual_bn, saved[7:])
-        dw = _weight_gradient(ctx, 4, g_bm, y_bn)
+        dx, *dnorm, y_bn = _norm_backward(ctx, dy_bn, x_bn, norm, residual_bn)
+        dw = _weight_gradient(ctx, 4, g_bm, saved[7:] or (y_bn,))
         db = None if ctx.bias_dtype is None else sums_m.to(ctx.bias_dtype)
         return unflatten(dx, grads[3]), *dnorm, None, dw, db, *(None,) * 6
 
@@ -103,15 +109,15 @@ class _NormMlp(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor] | Tensor:
         forward, _ = _types(recipe)
-        keep = recipe.saved is Saved.input
+        fc_saves, proj_saves = _saves(ctx, 4, recipe), _saves(ctx, 10, recipe)
         x_bn = x.flatten(0, -2)
         y_bn, y_q, y_scale, mean, rstd = kernels.layer_norm_quantize(
-            x_bn, norm_weight_n, norm_bias_n, eps, out_dtype=dtype, dtype=forward, keep=keep
+            x_bn, norm_weight_n, norm_bias_n, eps, out_dtype=dtype, dtype=forward, keep=fc_saves is Saved.input
         )
         h_bh = multiply(
             Quantized(y_q, y_scale), Quantized(fc_q, fc_scale), bias=bias_h, out_dtype=dtype, simulated=False
         )
-        a_bh, a_q, a_scale = kernels.gelu_quantize(h_bh, quick=quick, dtype=forward, keep=keep)
+        a_bh, a_q, a_scale = kernels.gelu_quantize(h_bh, quick=quick, dtype=forward, keep=proj_saves is Saved.input)
         out_bn = multiply(
             Quantized(a_q, a_scale),
             Quantized(proj_q, proj_scale),
@@ -120,13 +126,10 @@ class _NormMlp(torch.autograd.Function):
             out_dtype=x_bn.dtype if add else dtype,
             simulated=False,
         )
-        kept = {
-            Saved.input: (y_bn, a_bh),
-            Saved.quantized: (y_q, y_scale, a_q, a_scale),
-            Saved.recomputed: (),
-        }[recipe.saved]
+        kept_y, kept_a = _to_keep(fc_saves, y_bn, y_q, y_scale), _to_keep(proj_saves, a_bh, a_q, a_scale)
         layers = (fc_qt, fc_qt_scale, proj_qt, proj_qt_scale)
-        ctx.save_for_backward(x_bn, norm_weight_n, norm_bias_n, mean, rstd, h_bh, *layers, *kept)
+        ctx.save_for_backward(x_bn, norm_weight_n, norm_bias_n, mean, rstd, h_bh, *layers, *kept_y, *kept_a)
+        ctx.cut = 10 + len(kept_y)
         ctx.recipe, ctx.dtype, ctx.quick, ctx.add = recipe, dtype, quick, add
         ctx.weight_dtype, ctx.norm_dtype = weight_hn.dtype, norm_weight_n.dtype
         ctx.bias_dtypes = [None if b is None else b.dtype for b in (bias_h, bias_n)]
@@ -138,8 +141,6 @@ class _NormMlp(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         saved = ctx.saved_tensors
         x_bn, *norm, h_bh, fc_qt, fc_qt_scale, proj_qt, proj_qt_scale = saved[:10]
-        kept = saved[10:]
-        half = len(kept) // 2
         residual_bn = (grads[0] if ctx.add else grads[1]).flatten(0, -2)
         g_bn = grads[0].flatten(0, -2).to(ctx.dtype)
         _, backward = _types(ctx.recipe)
@@ -147,13 +148,12 @@ class _NormMlp(torch.autograd.Function):
         q, scale, sums_n = kernels.quantize_rows(g_bn, backward, column_sums=True)
         da_bh = multiply(Quantized(q, scale), Quantized(proj_qt, proj_qt_scale), out_dtype=ctx.dtype, simulated=False)
         dh_bh, q, scale, sums_h, a_bh = kernels.gelu_backward_quantize(
-            da_bh, h_bh, quick=ctx.quick, dtype=backward, keep=ctx.recipe.saved is Saved.recomputed
+            da_bh, h_bh, quick=ctx.quick, dtype=backward, keep=_saves(ctx, 10, ctx.recipe) is Saved.recomputed
         )
-        a_bh = _kept(ctx, kept[half:], a_bh)
-        dw_nh = _weight_gradient(ctx, 10, g_bn, a_bh)
+        dw_nh = _weight_gradient(ctx, 10, g_bn, saved[ctx.cut :] or (a_bh,))
         dy_bn = multiply(Quantized(q, scale), Quantized(fc_qt, fc_qt_scale), out_dtype=ctx.dtype, simulated=False)
-        dx, *dnorm, y_bn = _norm_backward(ctx, dy_bn, x_bn, norm, residual_bn, kept[:half])
-        dw_hn = _weight_gradient(ctx, 4, dh_bh, y_bn)
+        dx, *dnorm, y_bn = _norm_backward(ctx, dy_bn, x_bn, norm, residual_bn)
+        dw_hn = _weight_gradient(ctx, 4, dh_bh, saved[10 : ctx.cut] or (y_bn,))
         db_h, db_n = (
             None if dtype is None else sums.to(dtype)
             for dtype, sums in zip(ctx.bias_dtypes, (sums_h, sums_n), strict=True)
@@ -161,10 +161,20 @@ class _NormMlp(torch.autograd.Function):
         return unflatten(dx, grads[0]), *dnorm, None, dw_hn, db_h, *(None,) * 4, dw_nh, db_n, *(None,) * 8
 
 
-def _weight_gradient(ctx: Any, place: int, g_bm: Tensor, x_bn: Tensor) -> Tensor | None:
-    """Gradient of the weight at this place among the arguments; None where it is frozen."""
+def _saves(ctx: Any, place: int, recipe: LinearRecipe) -> Saved | None:
+    """How the weight at this place among the arguments gets its input back; None where it is frozen."""
+    return recipe.saved if ctx.needs_input_grad[place] else None
+
+
+def _to_keep(saves: Saved | None, x_bn: Tensor, q: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    return (x_bn,) if saves is Saved.input else (q, scale) if saves is Saved.quantized else ()
+
+
+def _weight_gradient(ctx: Any, place: int, g_bm: Tensor, x: tuple[Tensor, ...]) -> Tensor | None:
+    """Gradient of the weight at this place, from its input as kept or recomputed; None where it is frozen."""
     if not ctx.needs_input_grad[place]:
         return None
+    x_bn = dequantize(Quantized(*x), ctx.dtype) if len(x) == 2 else x[0]
     return weight_gradient(g_bm, x_bn, None, simulated=False).to(ctx.weight_dtype)
 
 
@@ -176,27 +186,19 @@ def _types(recipe: LinearRecipe) -> tuple[torch.dtype, torch.dtype]:
 
 
 def _norm_backward(
-    ctx: Any, dy_bn: Tensor, x_bn: Tensor, norm: list[Tensor], residual_bn: Tensor, kept: tuple[Tensor, ...]
+    ctx: Any, dy_bn: Tensor, x_bn: Tensor, norm: list[Tensor], residual_bn: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of X and of the norm's weight and bias, and the norm's output in 16 bits.
+    """Gradients of X and of the norm's weight and bias, and the norm's output where it is recomputed.
 
     Args:
         norm: weight, bias, mean, reciprocal of the standard deviation.
-        kept: what the forward kept of the output.
     """
     weight_n, bias_n, mean, rstd = norm
-    recomputed = ctx.recipe.saved is Saved.recomputed
+    recomputed = _saves(ctx, 4, ctx.recipe) is Saved.recomputed
     dx, dweight, dbias, y_bn = kernels.layer_norm_backward(
         dy_bn, x_bn, weight_n, mean, rstd, residual_bn, bias=bias_n if recomputed else None
     )
-    return dx, dweight.to(ctx.norm_dtype), dbias.to(ctx.norm_dtype), _kept(ctx, kept, y_bn)
-
-
-def _kept(ctx: Any, kept: tuple[Tensor, ...], recomputed: Tensor) -> Tensor:
-    """A producer's output in 16 bits, from whatever the forward kept of it."""
-    if ctx.recipe.saved is Saved.input:
-        return kept[0]
-    return dequantize(Quantized(*kept), ctx.dtype) if ctx.recipe.saved is Saved.quantized else recomputed
+    return dx, dweight.to(ctx.norm_dtype), dbias.to(ctx.norm_dtype), y_bn
 
 
 def norm_projections(x: Tensor, norm: nn.LayerNorm, layer: LowpLinear) -> tuple[Tensor, Tensor, Tensor, Tensor]:

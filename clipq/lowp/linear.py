@@ -42,7 +42,7 @@ class _Linear(torch.autograd.Function):
         x_bn = x.flatten(0, -2).to(dtype)
         quantized = quantize(x_bn, recipe.output.left)
         saved = quantized if recipe.saved is Saved.quantized else (x_bn,)
-        ctx.save_for_backward(w_qt, w_qt_scale, *saved)
+        ctx.save_for_backward(w_qt, w_qt_scale, *(saved if ctx.needs_input_grad[1] else ()))
         ctx.recipe, ctx.dtype = recipe, dtype
         ctx.x_dtype, ctx.weight_dtype = x.dtype, weight_mn.dtype
         ctx.bias_dtype = None if bias_m is None else bias_m.dtype
@@ -64,20 +64,25 @@ class _Linear(torch.autograd.Function):
         assert recipe.grad_input is not None
         w_qt, w_qt_scale, *saved = ctx.saved_tensors
         g_bm = grads[0].flatten(0, -2).to(ctx.dtype)
-        sums_m = None
-        if recipe.grad_input.left.scales is Scales.vector:
-            q, scale, sums_m = kernels.quantize_rows(g_bm, recipe.grad_input.left.dtype, column_sums=True)
-            g = Quantized(q, scale)
-        else:
-            g = quantize(g_bm, recipe.grad_input.left)
-        dx = dw = db = None
+        dx = dw = db = sums_m = transposed = None
         if ctx.needs_input_grad[0]:
+            if recipe.grad_input.left.scales is Scales.vector:
+                q, scale, sums_m = kernels.quantize_rows(
+                    g_bm, recipe.grad_input.left.dtype, column_sums=ctx.needs_input_grad[2]
+                )
+                g = Quantized(q, scale)
+            else:
+                q, qt, scale = kernels.quantize_tensor(g_bm, recipe.grad_input.left.dtype)
+                g = Quantized(q, scale)
+                if recipe.grad_weight and recipe.grad_weight.left == recipe.grad_input.left:
+                    transposed = Quantized(qt, scale)
             dx_bn = multiply(g, Quantized(w_qt, w_qt_scale), out_dtype=ctx.x_dtype, simulated=recipe.simulated)
             dx = unflatten(dx_bn, grads[0])
         if ctx.needs_input_grad[1]:
             x_bn = dequantize(Quantized(*saved), ctx.dtype) if recipe.saved is Saved.quantized else saved[0]
-            dw = weight_gradient(g_bm, x_bn, recipe.grad_weight, simulated=recipe.simulated).to(ctx.weight_dtype)
-        if ctx.bias_dtype is not None:
+            product, simulated = recipe.grad_weight, recipe.simulated
+            dw = weight_gradient(g_bm, x_bn, product, simulated=simulated, left=transposed).to(ctx.weight_dtype)
+        if ctx.needs_input_grad[2]:
             db = (g_bm.float().sum(0) if sums_m is None else sums_m).to(ctx.bias_dtype)
         return dx, dw, db, grads[0] if ctx.residual else None, None, None, None, None, None, None
 
@@ -114,12 +119,17 @@ def linear(
 
     Raises:
         TypeError: x is not of a real floating type.
-        ValueError: x has no dimension, the residual another shape than the output, or the recipe is of 16 bits.
+        ValueError: x or the residual has another shape than the layer takes, or the recipe is of 16 bits.
     """
     if not x.is_floating_point():
         raise TypeError(f"low-precision linear layer: input of {x.dtype}, expected a real floating type")
     if x.ndim == 0 or recipe.output is None:
         raise ValueError(f"low-precision linear layer: input of shape {tuple(x.shape)}, recipe {recipe.name}")
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"low-precision linear layer: input of shape {tuple(x.shape)}, expected [..., {weight.shape[1]}], the "
+            "layer's in_features"
+        )
     if residual is not None and residual.shape != (*x.shape[:-1], weight.shape[0]):
         raise ValueError(
             f"low-precision linear layer: residual of shape {tuple(residual.shape)}, expected "
@@ -175,6 +185,10 @@ class LowpLinear(nn.Linear):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """[..., in_features] -> [..., out_features], plus `residual` of that shape where given."""
         return linear(input, self.weight, self.bias, self.recipe, residual=residual, quantized=self.quantized_weight())
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy's weights go their own way: it does not hold what `quantized_once` holds for this one
+        return self.__dict__ | {"_held": None, "_holding": False}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, recipe={self.recipe.name}"

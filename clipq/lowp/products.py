@@ -94,10 +94,13 @@ def multiply(
     return (out if residual is None else out + residual.float()).to(out_dtype)
 
 
-def weight_gradient(g_bm: Tensor, x_bn: Tensor, product: Product | None, *, simulated: bool) -> Tensor:
-    """dW = Gᵀ X, [m, n] float32: in 16 bits, or in low precision where the recipe says so."""
+def weight_gradient(
+    g_bm: Tensor, x_bn: Tensor, product: Product | None, *, simulated: bool, left: Quantized | None = None
+) -> Tensor:
+    """dW = Gᵀ X, [m, n] float32: in 16 bits, or in low precision where the recipe says so; `left` is Gᵀ where it is
+    quantized already."""
     if product is None:
         return kernels.matmul16(g_bm.T, x_bn)
-    left = quantize_transposed(g_bm, product.left, stochastic=product.stochastic)
+    left = left or quantize_transposed(g_bm, product.left, stochastic=product.stochastic)
     right = quantize_transposed(x_bn, product.right, stochastic=product.stochastic)
     return multiply(left, right, out_dtype=torch.float32, simulated=simulated)

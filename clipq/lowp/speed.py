@@ -25,6 +25,11 @@ class Speed:
     ratio: float
     """Time in compiled bf16 / time by the recipe."""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for what cannot have been measured."""
+        if not min(self.width, self.hidden, self.tokens, self.ratio) > 0:
+            raise ValueError(f"{self}: expected positive sizes and a positive ratio")
+
 
 @dataclass(frozen=True)
 class SpeedTable:
@@ -64,10 +69,10 @@ def read_table(path: Path) -> SpeedTable:
         OSError: the file cannot be read.
         ValueError: it is not such a table.
     """
-    content = json.loads(path.read_text(encoding="utf-8"))
     try:
+        content = json.loads(path.read_text(encoding="utf-8"))
         return SpeedTable(content["device"], tuple(Speed(**row) for row in content["speeds"]))
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: expected a table made by python -m clipq.lowp.measure ({error})") from error
 
 

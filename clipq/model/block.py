@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import QuickGELU
+from open_clip.transformer import LayerNorm, LayerNormFp32, QuickGELU
 from torch import Tensor, nn
 
 
@@ -26,8 +26,7 @@ class Pair(NamedTuple):
 
     producer: str
     linear: str
-    kind: Literal["norm", "gelu", "quick_gelu", "activation"]
-    """`activation` is any other than the two GELUs."""
+    kind: Literal["layer_norm", "gelu", "quick_gelu", "other"]
 
 
 class Attention(nn.Module):
@@ -134,10 +133,13 @@ class Mlp(nn.Module):
         return self.c_proj(self.ln(self.act(self.c_fc(x))))
 
 
-def _kind(activation: nn.Module) -> Literal["gelu", "quick_gelu", "activation"]:
-    if isinstance(activation, QuickGELU):
+def _kind(producer: nn.Module) -> Literal["layer_norm", "gelu", "quick_gelu", "other"]:
+    """By the very class: a subclass may compute something else."""
+    if type(producer) in (nn.LayerNorm, LayerNorm, LayerNormFp32):
+        return "layer_norm"
+    if type(producer) is QuickGELU:
         return "quick_gelu"
-    return "gelu" if isinstance(activation, nn.GELU) and activation.approximate == "none" else "activation"
+    return "gelu" if type(producer) is nn.GELU and producer.approximate == "none" else "other"
 
 
 class Block(nn.Module):
@@ -181,14 +183,11 @@ class Block(nn.Module):
 
         `attn.out_proj` is missing where the attention kernel feeds it.
         """
-        pairs = [Pair("ln_1", "attn.in_proj", "norm"), Pair("ln_2", "mlp.c_fc", "norm")]
-        if isinstance(self.mlp.ln, nn.Identity):
-            pairs.append(Pair("mlp.act", "mlp.c_proj", _kind(self.mlp.act)))
-        else:
-            pairs.append(Pair("mlp.ln", "mlp.c_proj", "norm"))
+        fed = {"ln_1": "attn.in_proj", "ln_2": "mlp.c_fc"}
+        fed["mlp.act" if isinstance(self.mlp.ln, nn.Identity) else "mlp.ln"] = "mlp.c_proj"
         if not isinstance(self.attn.ln_inner, nn.Identity):
-            pairs.append(Pair("attn.ln_inner", "attn.out_proj", "norm"))
-        return pairs
+            fed["attn.ln_inner"] = "attn.out_proj"
+        return [Pair(producer, linear, _kind(self.get_submodule(producer))) for producer, linear in fed.items()]
 
     def linears(self) -> list[str]:
         """Names of all linear layers, in the order of the forward."""

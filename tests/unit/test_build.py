@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import platform
 from pathlib import Path
 
 import pytest
 import torch
 
 from clipq.build import build_model, build_optimizer, build_schedule
-from clipq.build_backend import convert
+from clipq.build_backend import convert, warn_of_slow_bf16
 from clipq.build_data import build_captions, build_stream, find_sources
 from clipq.config.checks import ConfigError
-from clipq.config.choices import Decay, Fp8, Optimizer, Recipe
+from clipq.config.choices import Decay, Fp8, Optimizer, Precision, Recipe
 from clipq.config.data import AugmentConfig, CaptionConfig, DataConfig, SourceConfig
 from clipq.config.groups import BackendConfig, LogConfig, ModelConfig, OptimConfig, ScheduleConfig
 from clipq.config.schema import TrainJob
@@ -54,6 +55,22 @@ def test_stable_adamw(arch: Path) -> None:
     for group in optimizer.param_groups:
         assert (group["lr"], group["betas"], group["eps"]) == (0.3, (0.7, 0.8), 1e-3)
         assert (group["clip_threshold"], group["beta2_power"]) == (2.5, 0.6)
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision", "device", "warned"),
+    [
+        ("AVX2", "bf16", "cpu", True),
+        ("AVX512", "bf16", "cpu", False),
+        ("AVX2", "fp32", "cpu", False),
+        ("AVX2", "bf16", "cuda", False),
+    ],
+)
+def test_slow_bf16_is_told(capability, precision, device, warned, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    warn_of_slow_bf16(BackendConfig(precision=Precision(precision)), torch.device(device))
+    assert ("choose backend=fp32" in caplog.text) == warned
 
 
 def test_recipe_and_its_fp8_types(arch: Path) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
+from clipq.kernels.formats import check_dtype
 from clipq.kernels.matmul import reference
 from clipq.kernels.register import register
 
@@ -38,6 +42,12 @@ _matmul16 = register(
     fake=lambda a, b: a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32),
     module="clipq.kernels.matmul.triton",
 )
+
+
+@register_flop_formula([torch.ops.clipq.matmul, torch.ops.clipq.matmul16])
+def _flops(a_shape: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
+    """For `torch.utils.flop_counter`, which would else count nothing in converted models."""
+    return 2 * a_shape[1] * out_shape.numel()
 
 
 def matmul16(a: Tensor, b: Tensor) -> Tensor:
@@ -79,7 +89,7 @@ def matmul(
         [M, N] of `out_dtype`.
 
     Raises:
-        ValueError: shapes, types or layouts that do not fit.
+        ValueError: shapes or types that do not fit.
     """
     if not torch.compiler.is_compiling():  # there the fake implementation checks, without a trace in the graph
         _check(a, b, a_scale, b_scale, bias, residual, out_dtype)
@@ -98,6 +108,8 @@ def _check(
     (M, K), (N, K_b) = a.shape, b.shape
     if K_b != K:
         raise ValueError(f"matmul of a {M}×{K} with b {N}×{K_b}: expected the same inner (last) dimension")
+    check_dtype(a.dtype)
+    check_dtype(b.dtype)
     if (a.dtype is torch.int8) != (b.dtype is torch.int8):
         raise ValueError(f"matmul of {a.dtype} with {b.dtype}: expected both int8 or both fp8")
     if a_scale.numel() not in (1, M) or b_scale.numel() not in (1, N):

@@ -16,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from clipq.kernels.formats import MOST_TERMS
 from clipq.kernels.launch import launch
+from clipq.kernels.register import has_tma
 from clipq.kernels.rowwise import multiprocessors, unit_stride
 
 
@@ -167,7 +168,7 @@ def hopper_tile(K: int, *, int8: bool, residual: bool, out_bytes: int) -> Tile:
     if residual:
         return Tile(128, 128, 128, 8, 4, 3, 4, 2) if int8 and K < 3072 else Tile(128, 256, 128, 8, 8, 3, 2, 1)
     if int8 and K <= 4096:
-        return Tile(128, 128, 128, 8, 4, 3, 2, 2) if K < 3072 else Tile(128, 128, 128, 4, 4, 3, 4, 2)
+        return Tile(128, 128, 128, 4, 4, 3, 2, 2) if K < 3072 else Tile(128, 128, 128, 4, 4, 3, 4, 2)
     return Tile(128, 256, 128, 4, 8, 4, 2, 1)
 
 
@@ -214,9 +215,7 @@ def matmul(
     return c
 
 
-@functools.cache
-def _has_tma(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+_has_tma = functools.cache(has_tma)  # asked for every product
 
 
 def _constants(

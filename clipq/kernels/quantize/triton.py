@@ -15,6 +15,7 @@ from torch import Tensor
 from clipq.kernels.formats import QMAX, empty_transposed
 from clipq.kernels.launch import launch
 from clipq.kernels.quantize import reference
+from clipq.kernels.register import least_capability
 from clipq.kernels.rowwise import (
     RowBlock,
     column_sums,
@@ -183,7 +184,9 @@ def _row_block(cols: int, sums: bool) -> RowBlock:
 @functools.cache
 def _lacks(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether Triton cannot convert to the type there: simulated fp8 on an older GPU takes torch's own conversion."""
-    return dtype is not torch.int8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9)
+    if dtype is torch.int8 or device.type != "cuda":
+        return False
+    return torch.cuda.get_device_capability(device) < least_capability(dtype)
 
 
 def quantize_rows(x: Tensor, dtype: torch.dtype, with_sums: bool) -> tuple[Tensor, Tensor, Tensor]:

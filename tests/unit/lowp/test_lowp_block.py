@@ -176,6 +176,22 @@ def test_what_is_kept_for_the_backward(tmp_path) -> None:
     assert full[torch.bfloat16] - recomputed[torch.bfloat16] == 1 + 1 + 4
 
 
+@pytest.mark.parametrize(("recipe", "dtype"), [("switchback", torch.bfloat16), ("switchback_m", torch.int8)])
+def test_frozen_layers_keep_no_input(recipe, dtype, tmp_path) -> None:
+    """In rows of WIDTH elements; the gradients of what is left are the same to the bit."""
+    block, x = block_of(tmp_path), tokens(4, 16)
+    convert_linears(block, recipe)
+    expected, whole = run(block, x, autocast=True), saved_by(block, x)[dtype]
+    for frozen, rows in ((["attn.in_proj"], 1), (["mlp.c_fc"], 1), (["mlp.c_proj"], 4), (["attn.in_proj", "mlp"], 6)):
+        block.requires_grad_(True)
+        for name in frozen:
+            block.get_submodule(name).requires_grad_(False)
+        assert (whole - saved_by(block, x).get(dtype, 0)) / x.numel() == rows, frozen
+        found = run(block, x, autocast=True)
+        assert not any(key.startswith(tuple(frozen)) for key in found)
+        assert all(torch.equal(value, expected[key]) for key, value in found.items())
+
+
 @each_recipe
 def test_saved_tensors_may_be_moved(recipe, tmp_path) -> None:
     block = block_of(tmp_path, {"ls_init_value": 0.1})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 from clipq.lowp import RECIPES, LowpLinear, convert_linears, get_recipe, quantized_once
 from clipq.model.surgery import blocks
+from clipq.optim import StableAdamW
 from tests.unit.lowp.towers import FUSABLE, NOT_FUSABLE, block_of, model_of, run, tokens
 
 linear_file = importlib.import_module("clipq.lowp.linear")
@@ -188,15 +190,32 @@ def test_weights_may_change_between_blocks(tmp_path, counted) -> None:
         assert torch.equal(block(tokens()), after)
 
 
-def test_a_weight_changed_inside_is_an_error(tmp_path) -> None:
+@pytest.mark.parametrize(
+    "make",
+    [torch.optim.SGD, functools.partial(torch.optim.AdamW, fused=True), StableAdamW],
+    ids=["plain", "fused", "stable"],
+)
+def test_a_weight_changed_inside_is_an_error(make, tmp_path) -> None:
+    """Fused optimizers change weights without counting up their version."""
     block = block_of(tmp_path)
     convert_linears(block, "switchback")
-    optimizer = torch.optim.SGD(block.parameters(), 0.1)
+    optimizer = make(block.parameters(), lr=0.1)
     with pytest.raises(RuntimeError, match=r"weight .*changed inside of quantized_once"), quantized_once(block):  # noqa: PT012
         block(tokens()).sum().backward()
         optimizer.step()
     expected = copy.deepcopy(block)(tokens())
     assert torch.equal(block(tokens()), expected), "the old weight is not used any more"
+
+
+def test_a_copy_made_inside_holds_nothing(tmp_path) -> None:
+    block = block_of(tmp_path)
+    convert_linears(block, "switchback")
+    with quantized_once(block):
+        twin = copy.deepcopy(block)
+        with torch.no_grad():
+            for p in twin.parameters():
+                p.zero_()
+        assert torch.equal(twin(tokens()), tokens())
 
 
 def test_an_error_inside_comes_through(tmp_path) -> None:

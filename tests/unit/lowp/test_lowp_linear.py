@@ -246,6 +246,11 @@ def test_what_is_kept_of_the_input(name, types) -> None:
     assert [t.dtype for t in saved_by(layer_of(name), data()[0])] == types
 
 
+def test_a_frozen_layer_keeps_nothing_of_it() -> None:
+    layer = layer_of("switchback").requires_grad_(False)
+    assert not saved_by(layer, data()[0])
+
+
 @each_recipe
 def test_saved_tensor_hooks_may_move_everything(name) -> None:
     x, g = data()

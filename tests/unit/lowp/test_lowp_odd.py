@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
+from torch.utils.flop_counter import FlopCounterMode
 
 from clipq.lowp import RECIPES, LinearRecipe, LowpLinear, Operand, Product, Scales, convert_linears, quantized_once
 from clipq.lowp.linear import linear
@@ -63,18 +64,21 @@ def test_holding_twice() -> None:
     assert counted.calls == 1
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("part", ["linear1", "linear2"])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_encoder_layers_of_torch_evaluate_as_they_train(autocast) -> None:
-    """In evaluation torch would hand their weights to a kernel of its own."""
+def test_encoder_layers_of_torch_evaluate_as_they_train(autocast, part, masked) -> None:
+    """In evaluation torch would hand their weights to a kernel of its own, where masked as nested tensors."""
     torch.manual_seed(0)
     plain = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True), 2)
     low = copy.deepcopy(plain)
-    report = convert_linears(low, "switchback")
-    assert "layers.0.linear1" in report.converted
+    report = convert_linears(low, "switchback", filter=lambda name, _: name.endswith(part))
+    assert report.converted == [f"layers.{i}.{part}" for i in range(2)]
     x = torch.randn(3, 7, 32)
+    mask = torch.arange(7).expand(3, 7) >= 5 if masked else None
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        trained, evaluated = low.train()(x), low.eval()(x)
-        assert not torch.equal(evaluated, plain.eval()(x))
+        trained, evaluated = (low.train(mode)(x, src_key_padding_mask=mask)[:, :5] for mode in (True, False))
+        assert not torch.equal(evaluated, plain.train()(x, src_key_padding_mask=mask)[:, :5])
     torch.testing.assert_close(evaluated, trained, atol=3e-2 if autocast else 1e-5, rtol=0)
 
 
@@ -87,14 +91,50 @@ def test_blocks_of_two_recipes_are_not_fused(tmp_path) -> None:
     run(block, tokens())
 
 
-def test_blocks_whose_parts_must_be_called_are_not_fused(tmp_path) -> None:
-    seen = []
-    block = block_of(tmp_path)
-    block.ln_2.register_forward_hook(lambda *_: seen.append(1))
+PARTS = ["ln_1", "attn", "attn.in_proj", "attn.out_proj", "ls_1", "ln_2", "mlp", "mlp.c_fc", "mlp.act", "ls_2"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_hooks_see_what_their_module_gives(part, tmp_path) -> None:
+    """A fused block calls no part, or calls it with the residual."""
+    seen, block = [], block_of(tmp_path)
+    plain = copy.deepcopy(block)
+    for b in (plain, block):
+        b.get_submodule(part).register_forward_hook(lambda _, __, out: seen.append(out))
     report = convert_linears(block, "switchback")
-    assert report.kept[""] == "not fused, ln_2 has hooks, and a fused block does not call it"
+    assert report.kept[""] == f"not fused, {part} has hooks, and a fused block does not call it"
+    plain(tokens())
     block(tokens())
-    assert seen
+    before, after = seen
+    assert (after - before).norm() < 0.05 * before.norm()
+
+
+@pytest.mark.parametrize("part", ["ln_1", "mlp.c_fc", "mlp.act", "mlp"])
+def test_a_forward_of_its_own_is_called(part, tmp_path) -> None:
+    block = block_of(tmp_path)
+    module = block.get_submodule(part)
+    forward = module.forward
+    module.forward = lambda *args: 3 * forward(*args)
+    expected = block(tokens())
+    report = convert_linears(block, "switchback")
+    assert not report.fused
+    assert (block(tokens()) - expected).norm() < 0.05 * expected.norm()
+
+
+def test_a_norm_of_another_class_is_called(tmp_path) -> None:
+    class Thrice(nn.LayerNorm):
+        def forward(self, input):
+            return 3 * super().forward(input)
+
+    block = block_of(tmp_path)
+    block.ln_1 = Thrice(WIDTH)
+    expected = block(tokens())
+    report = convert_linears(block, "switchback")
+    assert report.kept[""] == "not fused, ln_1 is not a layer norm with weight and bias, or a subclass of it"
+    assert (block(tokens()) - expected).norm() < 0.05 * expected.norm()
+
+
+def test_blocks_whose_weights_are_computed_are_not_fused(tmp_path) -> None:
     block = block_of(tmp_path)
     prune.l1_unstructured(block.mlp.c_fc, "weight", 0.3)
     assert "c_fc" in convert_linears(block, "switchback").kept[""]
@@ -103,6 +143,37 @@ def test_blocks_whose_parts_must_be_called_are_not_fused(tmp_path) -> None:
     block = block_of(tmp_path)
     block.ln_1 = nn.LayerNorm(WIDTH, elementwise_affine=False)
     assert "ln_1 is not a layer norm with weight and bias" in convert_linears(block, "switchback").kept[""]
+
+
+def test_a_module_with_two_names_is_converted_once() -> None:
+    layer = nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": layer, "b": layer, "c": nn.Linear(4, 4)})
+    report = convert_linears(model, "switchback")
+    assert report.converted == ["a", "c"]
+    assert report.kept == {"b": "it is the same module as a"}
+
+
+def test_flops_are_those_of_the_plain_layer() -> None:
+    def flops(layer: nn.Module) -> int:
+        with FlopCounterMode(display=False) as counter:
+            layer(torch.randn(5, 3, 8, requires_grad=True)).sum().backward()
+        return counter.get_total_flops()
+
+    plain = nn.Sequential(nn.Linear(8, 12))
+    expected = flops(plain)
+    assert expected == 3 * 2 * 15 * 8 * 12
+    for recipe in ("switchback", "llm_int8"):
+        converted = copy.deepcopy(plain)
+        convert_linears(converted, recipe)
+        assert flops(converted) == expected
+
+
+def test_fp8_quantizes_the_gradient_once() -> None:
+    layer = LowpLinear(8, 8, recipe="fp8")
+    y = layer(torch.randn(4, 8, requires_grad=True))
+    with Counted("clipq::quantize_tensor") as counted:
+        y.sum().backward()
+    assert counted.calls == 2, "the gradient, for both products, and the input"
 
 
 def test_modules_of_others_may_be_called_anything() -> None:

@@ -51,11 +51,20 @@ def test_files(tmp_path: Path, monkeypatch) -> None:
     assert shipped_table("Another GPU") is None
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"device": "x"}', '{"device": "x", "speeds": [{"width": 1}]}'])
+ZERO = '{"recipe": "switchback", "width": 0, "hidden": 4, "tokens": 1, "ratio": 1.0}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "[]", "{}", '{"device": "x"}', '{"device": "x", "speeds": [{"width": 1}]}'),
+        f'{{"device": "x", "speeds": [{ZERO}]}}',
+    ],
+)
 def test_what_is_no_table(content, tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=r"."):
+    with pytest.raises(ValueError, match=r"table\.json: expected a table made by python -m clipq"):
         read_table(path)
 
 
