@@ -110,7 +110,7 @@ def main() -> None:
                 speeds.append(Speed(recipe, width, 4 * width, tokens, round(ratio, 3)))
                 line.append(f"{recipe} ×{ratio:.2f}")
             print(", ".join(line), flush=True)
-    SpeedTable(torch.cuda.get_device_name(), tuple(speeds)).write(options.out)
+            SpeedTable(torch.cuda.get_device_name(), tuple(speeds)).write(options.out)
     print(f"wrote {options.out}: clipq-train backend.skip={options.out}")
 
 

@@ -1,0 +1,127 @@
+"""Provokes a loss spike under AdamW by a change of the data, and shows what prevents it.
+
+provoke_spike.py SHARDS WORK --out docs/benchmarks/spike_h100.json [--seeds 2] [--jobs 4]
+
+SHARDS are captioned photographs (Tiny ImageNet's train/*.tar.gz). WORK gets two copies of them, one through a red
+filter and one in full colour. Then `clipq-train experiment=spike` runs with each optimizer below, several at a time;
+runs go to runs/spike/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import webdataset as wds
+from bench_common import write
+from PIL import Image
+
+from clipq.data.decode import decode_rgb
+from clipq.data.shards import expand, read_shard
+from clipq.report.runs import read_run
+from clipq.report.stability import PATCH_EMBEDDING, analyse
+
+RUNS = Path("runs/spike")
+CHANGE = 1512
+"""Steps before the first pairs in colour."""
+AROUND = (60, 200)
+"""Steps before and after that are recorded."""
+SHARDS, PER_SHARD = 16, 1792
+VARIANTS = {
+    "AdamW, β2 0.999": [],
+    "AdamW, β2 0.99": ["optim.beta2=0.99"],
+    "AdamW, β2 0.95": ["optim.beta2=0.95"],
+    "AdamW, β2 0.999, norm clipped at 1": ["optim.clip_norm=1"],
+    "StableAdamW, β2 0.999": ["optim=stable_adamw", "optim.beta2=0.999"],
+}
+ONCE = [name for name in VARIANTS if name not in ("AdamW, β2 0.999", "StableAdamW, β2 0.999")]
+"""Variants that run with the first seed only."""
+
+
+def red_filter(image: np.ndarray) -> np.ndarray:
+    """What a red filter lets through: green and blue are black."""
+    return image * np.array([1, 0, 0], np.uint8)
+
+
+def encode(image: np.ndarray) -> bytes:
+    """As a JPEG that stores red, green and blue as they are: black channels stay black."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=95, subsampling=0, keep_rgb=True)
+    return buffer.getvalue()
+
+
+def make_shards(source: list[str], work: Path) -> None:
+    """WORK/red and WORK/colour, the same pairs in the same order."""
+    samples = [sample for shard in source for sample in read_shard(shard)]
+    if len(samples) < SHARDS * PER_SHARD:
+        raise SystemExit(f"{SHARDS * PER_SHARD:,} pairs are wanted, {len(samples):,} are there")
+    for kind in ("red", "colour"):
+        (work / kind).mkdir(parents=True, exist_ok=True)
+    parts = [samples[n * PER_SHARD :][:PER_SHARD] for n in range(SHARDS)]
+    with ProcessPoolExecutor() as pool:
+        list(pool.map(write_shard, [work] * SHARDS, range(SHARDS), parts))
+
+
+def write_shard(work: Path, number: int, samples: list[dict[str, Any]]) -> None:
+    name = f"{number:05}.tar"
+    with wds.TarWriter(str(work / "red" / name)) as red, wds.TarWriter(str(work / "colour" / name)) as colour:  # pyright: ignore
+        for sample in samples:
+            image, row = decode_rgb(sample["jpg"]), {"__key__": sample["__key__"], "txt": sample["txt"]}
+            red.write(row | {"jpg": encode(red_filter(image))})
+            colour.write(row | {"jpg": encode(image)})
+
+
+def train(variant: str, seed: int, work: Path, overrides: list[str]) -> dict[str, Any]:
+    """One run: loss and the patch embedding's RMS_t around the change, and the spikes that the rules find after it."""
+    name = f"{list(VARIANTS).index(variant)}_{seed}"
+    command = [sys.executable, "-m", "clipq.cli.train", "experiment=spike", f"data.root={work}", *VARIANTS[variant]]
+    command += [f"seed={seed}", f"runs={RUNS}", f"name={name}", *overrides]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
+    run = read_run(RUNS / name)
+    part = slice(CHANGE - AROUND[0], CHANGE + AROUND[1])
+    loss, rms = run.train["loss"][part], run.rms[PATCH_EMBEDDING][part]
+    spikes = [
+        {"step": s.step, "loss": s.loss, "mean": s.mean, "lead": s.leads.get(PATCH_EMBEDDING)}
+        for s in analyse(run).spikes
+        if CHANGE < s.step <= CHANGE + AROUND[1]
+    ]
+    found = {
+        "seed": seed,
+        "before": round(float(loss[: AROUND[0]].mean()), 3),
+        "highest": round(float(loss[AROUND[0] :].max()), 3),
+        "highest_rms": round(float(rms[AROUND[0] :].max()), 2),
+        "spikes": spikes,
+        "loss": [round(float(v), 4) for v in loss],
+        "rms": [round(float(v), 3) for v in rms],
+    }
+    print(variant, {k: v for k, v in found.items() if k not in ("loss", "rms")}, flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards")
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--seeds", type=int, default=2, help="runs with and without update clipping")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file")
+    options, overrides = parser.parse_known_args()
+    make_shards(expand(options.shards), options.work)
+    jobs = [(v, s) for s in range(options.seeds) for v in VARIANTS if s == 0 or v not in ONCE]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        found = list(pool.map(lambda job: train(job[0], job[1], options.work, overrides), jobs))
+    variants = {v: [run for (name, _), run in zip(jobs, found, strict=True) if name == v] for v in VARIANTS}
+    results = {"change": CHANGE, "first": CHANGE - AROUND[0] + 1, "variants": variants}
+    write(options.out, "spike", "A spike provoked by colour", results)
+
+
+if __name__ == "__main__":
+    main()
