@@ -78,14 +78,21 @@ def write_shard(work: Path, number: int, samples: list[dict[str, Any]]) -> None:
 
 
 def train(variant: str, seed: int, work: Path, overrides: list[str]) -> dict[str, Any]:
-    """One run: loss and the patch embedding's RMS_t around the change, and the spikes that the rules find after it."""
-    name = f"{list(VARIANTS).index(variant)}_{seed}"
+    """One run, or what is there of it already, and what `summary` says of it."""
+    name = f"variant{list(VARIANTS).index(variant)}_seed{seed}"
     command = [sys.executable, "-m", "clipq.cli.train", "experiment=spike", f"data.root={work}", *VARIANTS[variant]]
     command += [f"seed={seed}", f"runs={RUNS}", f"name={name}", *overrides]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
-    run = read_run(RUNS / name)
+    found = {"seed": seed, **summary(RUNS / name)}
+    print(variant, {k: v for k, v in found.items() if k not in ("loss", "rms")}, flush=True)
+    return found
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """Loss and the patch embedding's RMS_t around the change, and the spikes that the rules find after it."""
+    run = read_run(folder)
     part = slice(CHANGE - AROUND[0], CHANGE + AROUND[1])
     loss, rms = run.train["loss"][part], run.rms[PATCH_EMBEDDING][part]
     spikes = [
@@ -93,8 +100,7 @@ def train(variant: str, seed: int, work: Path, overrides: list[str]) -> dict[str
         for s in analyse(run).spikes
         if CHANGE < s.step <= CHANGE + AROUND[1]
     ]
-    found = {
-        "seed": seed,
+    return {
         "before": round(float(loss[: AROUND[0]].mean()), 3),
         "highest": round(float(loss[AROUND[0] :].max()), 3),
         "highest_rms": round(float(rms[AROUND[0] :].max()), 2),
@@ -102,8 +108,6 @@ def train(variant: str, seed: int, work: Path, overrides: list[str]) -> dict[str
         "loss": [round(float(v), 4) for v in loss],
         "rms": [round(float(v), 3) for v in rms],
     }
-    print(variant, {k: v for k, v in found.items() if k not in ("loss", "rms")}, flush=True)
-    return found
 
 
 def main() -> None:
