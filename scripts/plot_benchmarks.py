@@ -113,10 +113,32 @@ def recipes(name: str, result: dict[str, Any]) -> None:
     save(figure, name)
 
 
+def spike(name: str, result: dict[str, Any]) -> None:
+    """Loss and RMS_t of the patch embedding around the change, of each optimizer's first seed."""
+    found, shown = result["results"], slice(30, 140)
+    steps = range(found["first"], found["first"] + 10**6)
+    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True)
+    for variant, runs in found["variants"].items():
+        thick = 2.0 if variant.endswith("0.999") else 1.0
+        for axes, values in ((above, runs[0]["loss"]), (below, runs[0]["rms"])):
+            axes.plot(steps[shown], values[shown], label=variant, linewidth=thick)
+    for axes in (above, below):
+        axes.axvline(found["change"] + 1, color="#7a7a7a", linestyle="--", linewidth=1)
+        axes.spines[["top", "right"]].set_visible(False)
+    below.axhline(2.3, color="#7a7a7a", linestyle=":", linewidth=1)
+    below.set_yscale("log")
+    above.set_ylabel("contrastive loss")
+    below.set_ylabel("RMS_t of the patch embedding")
+    below.set_xlabel("step; dashed: the first pairs in colour")
+    above.set_title(f"{result['title']}, {result['environment']['device']}", fontsize=10)
+    above.legend(fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.06))
+    save(figure, name)
+
+
 def main() -> None:
     for path in sorted(Path(FOLDER).glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
-        draw = {"step": step, "linear": linear, "recipes": recipes}.get(result["kind"])
+        draw = {"step": step, "linear": linear, "recipes": recipes, "spike": spike}.get(result["kind"])
         if draw is not None:
             draw(path.stem, result)
 

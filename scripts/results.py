@@ -23,7 +23,7 @@ PAGES = {
     "README.md": ("run", "step"),
     "docs/data.md": ("loader",),
     "docs/low_precision.md": ("step", "linear", "recipes", "gemm"),
-    "docs/stability.md": ("optimizer", "watch"),
+    "docs/stability.md": ("spike", "optimizer", "watch"),
 }
 """Page -> kinds of tables on it, in the order of the page."""
 
@@ -187,6 +187,29 @@ def watch_table(results: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
+def spike_table(results: list[dict[str, Any]]) -> str:
+    """What each optimizer made of the change, a row for each seed."""
+    rows = [
+        "| optimizer, seed | mean loss before | highest after | highest RMS_t of the patch embedding | loss spike after | RMS_t before it |",
+        "|---" * 6 + "|",
+    ]
+    for result in results:
+        change = result["results"]["change"]
+        for name, runs in result["results"]["variants"].items():
+            for run in runs:
+                after = ", ".join(_steps(s["step"] - change - 1) for s in run["spikes"]) or "none"
+                before = ", ".join("–" if s["lead"] is None else _steps(s["lead"]) for s in run["spikes"]) or "–"
+                rows.append(
+                    f"| {name}, seed {run['seed']} | {run['before']:.2f} | {run['highest']:.2f} | "
+                    f"{run['highest_rms']:.1f} | {after} | {before} |"
+                )
+    return "\n".join(rows)
+
+
+def _steps(number: int) -> str:
+    return f"{number} step" + ("" if number == 1 else "s")
+
+
 def loader_table(results: list[dict[str, Any]]) -> str:
     """Samples a second of one core."""
     rows = [
@@ -213,6 +236,7 @@ TABLES = {
     "optimizer": optimizer_table,
     "gemm": gemm_table,
     "watch": watch_table,
+    "spike": spike_table,
 }
 """Kind of results -> what makes their table."""
 

@@ -27,6 +27,7 @@ def test_installed_wheel_trains_as_the_checkout_does(tmp_path: Path) -> None:
     in_repo = {str(p.relative_to(REPO)) for p in (REPO / "configs").rglob("*") if p.is_file()}
     in_wheel = {str(p.relative_to(tmp_path / "site" / "clipq")) for p in (tmp_path / "site").rglob("configs/**/*")}
     assert in_repo <= in_wheel
+    assert (tmp_path / "site/clipq/lowp/tables/nvidia_h100_80gb_hbm3.json").is_file()
 
     colour_shards(tmp_path / "data", [30, 30])
     tiny_arch(tmp_path)

@@ -69,8 +69,11 @@ def test_what_is_no_table(content, tmp_path: Path) -> None:
 
 
 def test_shipped_tables_can_be_read() -> None:
+    assert shipped_table("NVIDIA H100 80GB HBM3") is not None
     for path in speed.TABLES.glob("*.json"):
-        assert shipped_table(read_table(path).device) == read_table(path)
+        table = read_table(path)
+        assert shipped_table(table.device) == table
+        assert {s.recipe for s in table.speeds} <= set(measure.MEASURED)
 
 
 def test_reasons_are_reported() -> None:
