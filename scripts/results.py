@@ -190,7 +190,8 @@ def watch_table(results: list[dict[str, Any]]) -> str:
 def spike_table(results: list[dict[str, Any]]) -> str:
     """What each optimizer made of the change, a row for each seed."""
     rows = [
-        "| optimizer, seed | mean loss before | highest after | highest RMS_t of the patch embedding | loss spike after | RMS_t before it |",
+        "| optimizer, seed | mean loss before | highest after | highest RMS_t of the patch embedding "
+        "| loss spike after | RMS_t before it |",
         "|---" * 6 + "|",
     ]
     for result in results:
