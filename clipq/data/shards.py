@@ -82,7 +82,7 @@ def grouped(files: Iterable[dict[str, Any]]) -> Iterator[Sample]:
     it is an error)."""
     sample: Sample = {}
     for file in files:
-        key, extension = base_plus_ext(file["fname"])
+        key, extension = _split(file["fname"])
         if key is None or extension is None or extension.startswith("__"):  # names of our own
             continue
         extension = extension.lower()
@@ -93,6 +93,13 @@ def grouped(files: Iterable[dict[str, Any]]) -> Iterator[Sample]:
         sample[extension] = file["data"]
     if sample:
         yield sample
+
+
+def _split(name: str) -> tuple[str | None, str | None]:
+    """A sample's key and the extension, as webdataset splits a name; most without its regular expression."""
+    first = name.rfind("/") + 1
+    dot = name.find(".", first)
+    return (name[:dot], name[dot + 1 :]) if dot > first else base_plus_ext(name)
 
 
 def log_damage(damage: Damage) -> None:
