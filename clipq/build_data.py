@@ -7,6 +7,7 @@ from collections.abc import Generator
 from typing import Any
 
 from clipq.config.data import CaptionConfig, DataConfig
+from clipq.data.cache import Cache
 from clipq.data.decode import Captions, TrainTransform
 from clipq.data.index import read_counts
 from clipq.data.loader import Source, StreamPlace, TrainStream, batches, default_workers
@@ -26,16 +27,29 @@ def build_captions(config: CaptionConfig) -> Captions:
     return Captions(config.field, config.lines)
 
 
+def build_cache(config: DataConfig) -> Cache | None:
+    """Where remote shards are kept, if they are.
+
+    Raises:
+        ValueError: the folder cannot be used.
+    """
+    if config.cache is None or config.cache_gb is None:
+        return None
+    cache = Cache(config.cache, round(config.cache_gb * 1e9))
+    cache.check()
+    return cache
+
+
 def find_sources(config: DataConfig) -> list[Source]:
     """The sources of the training data.
 
     Raises:
-        FileNotFoundError, ValueError: as of `expand` and `read_counts`.
+        FileNotFoundError, ValueError: as of `expand`, `read_counts` and `build_cache`.
     """
-    captions = build_captions(config.caption)
+    captions, cache = build_captions(config.caption), build_cache(config)
     if config.shards is not None:
         shards = expand(config.shards)
-        return [Source(shards, captions, config.image, counts=read_counts(shards))]
+        return [Source(shards, captions, config.image, counts=read_counts(shards), cache=cache)]
     sources: list[Source] = []
     for name, source in config.sources.items():
         shards = expand(source.shards)
@@ -49,6 +63,7 @@ def find_sources(config: DataConfig) -> list[Source]:
                 passes=source.passes,
                 counts=read_counts(shards),
                 setting=f"data.sources.{name}",
+                cache=cache,
             )
         )
     return sources

@@ -97,6 +97,11 @@ class DataConfig:
     workers: int | None = None
     """Loader processes for each rank; None takes the CPU cores of this rank less one, between 1 and 14. 0 loads in the
     training process."""
+    cache: str | None = None
+    """Folder on a disk of each host in which remote shards (http, s3, gs and so on) are kept once they were read, for
+    later passes and runs. None keeps none."""
+    cache_gb: float | None = None
+    """GB (10^9 bytes) that `cache` may take, what is being written included; well above `lanes` shards."""
     max_lost: float = 0.05
     """Share of the samples, and of the shards, that may be unreadable before the run ends; of the last 50,000 to
     100,000 samples and 500 to 1000 shards of each rank."""
@@ -122,6 +127,16 @@ class DataConfig:
             "data.sources: each has `passes`, and the length of a run is `steps`: leave one source without",
         )
         require(self.workers is None or self.workers >= 0, f"data.workers={self.workers}: expected 0 or more")
+        require(
+            (self.cache is None) == (self.cache_gb is None),
+            f"data.cache={self.cache} with data.cache_gb={self.cache_gb}: expected both or neither: the folder that "
+            "keeps remote shards, and how much of its disk it may take, as in data.cache=/scratch/x data.cache_gb=200",
+        )
+        require(self.cache != "", "data.cache is empty: expected a folder, or null")
+        require(
+            self.cache_gb is None or 0 < self.cache_gb < math.inf,
+            f"data.cache_gb={self.cache_gb}: expected a positive number of GB",
+        )
         require(0 <= self.max_lost <= 1, f"data.max_lost={self.max_lost}: expected a share in [0, 1]")
         require(self.prefetch >= 1, f"data.prefetch={self.prefetch}: expected 1 or more")
         require(self.lanes is None or self.lanes >= 1, f"data.lanes={self.lanes}: expected 1 or more, or null")

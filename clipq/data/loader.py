@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from clipq.data.cache import Cache
 from clipq.data.decode import Captions, TrainTransform
 from clipq.data.faults import Faults
 from clipq.data.order import Item, Lane, Mix, Order, Place, Visit
@@ -75,6 +76,8 @@ class Source:
     spares come in the places of those that it lacks."""
     setting: str = "data.shards"
     """Which setting names it, for errors."""
+    cache: Cache | None = None
+    """Where remote shards are kept."""
 
     def check(self) -> None:
         """Looks at the first samples.
@@ -105,6 +108,7 @@ class Source:
             first=first,
             count=self.counts[visit.shard] if self.counts else None,
             tell=visit.round == 0 and visit.part == 0,
+            cache=self.cache,
             on_damage=damaged,
         )
 
