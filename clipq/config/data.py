@@ -26,6 +26,14 @@ class CaptionConfig:
 
 
 @dataclass
+class TableConfig:
+    image: str = "filepath"
+    """Column of the paths of image files, relative to the table's folder."""
+    caption: str = "title"
+    """Column of the captions."""
+
+
+@dataclass
 class AugmentConfig:
     scale: list[float] = field(default_factory=lambda: [0.9, 1.0])
     """Area of the random crop as a share of the image, [smallest, largest] (OpenCLIP's default)."""
@@ -70,6 +78,8 @@ class SourceConfig:
     """As `data.image`, which it is where None."""
     caption: CaptionConfig | None = None
     """As `data.caption`, which it is where None."""
+    table: TableConfig | None = None
+    """As `data.table`, which it is where None."""
 
 
 def _check_source(where: str, source: SourceConfig) -> None:
@@ -85,13 +95,16 @@ class DataConfig:
     root: str | None = None
     """Folder of the data set, for `shards` and evaluation to refer to. The built-in set needs none."""
     shards: Any = MISSING
-    """Training shards (.tar, .tar.gz): a path, a `{00000..00099}` range, a glob, or a list of them."""
+    """Training shards (.tar, .tar.gz), or tables of image files and captions (.csv, .tsv, .parquet): a path, a
+    `{00000..00099}` range, a glob, or a list of them."""
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """In place of `shards`: name -> shards that are mixed, each with a weight of its own."""
     image: str = "jpg;jpeg;png;webp"
     """Member extensions that hold the image, first match wins, separated by semicolons."""
     caption: CaptionConfig = field(default_factory=CaptionConfig)
     """Where captions are and how one is chosen."""
+    table: TableConfig = field(default_factory=TableConfig)
+    """Where `shards` are tables: their columns."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Training augmentation."""
     workers: int | None = None
