@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
-from clipq.config.data import CaptionConfig, DataConfig
+from clipq.config.data import CaptionConfig, DataConfig, TableConfig
+from clipq.data.cache import Cache
 from clipq.data.decode import Captions, TrainTransform
 from clipq.data.index import read_counts
 from clipq.data.loader import Source, StreamPlace, TrainStream, batches, default_workers
+from clipq.data.remote import is_url
 from clipq.data.shards import DataError, expand
+from clipq.data.table import Columns, Table, TableShards, is_table
 from clipq.dist.env import DistEnv
 from clipq.model.clip import ClipModel, Preprocess
 
@@ -26,32 +30,93 @@ def build_captions(config: CaptionConfig) -> Captions:
     return Captions(config.field, config.lines)
 
 
+def build_cache(config: DataConfig) -> Cache | None:
+    """Where remote shards are kept, if they are.
+
+    Raises:
+        ValueError: the folder cannot be used.
+    """
+    if config.cache is None or config.cache_gb is None:
+        return None
+    cache = Cache(config.cache, round(config.cache_gb * 1e9))
+    cache.check()
+    return cache
+
+
+def build_tables(
+    names: list[str], config: TableConfig, caption: CaptionConfig, *, setting: str, columns: str
+) -> list[TableShards] | None:
+    """The tables that are named, if they are tables.
+
+    Args:
+        setting: which names them.
+        columns: which names their columns.
+
+    Raises:
+        ValueError: they cannot be used.
+    """
+    tables = [name for name in names if is_table(name)]
+    if not tables:
+        return None
+    if len(tables) < len(names):
+        shard = next(name for name in names if name not in tables)
+        raise ValueError(f"{setting}: {tables[0]} is a table, {shard} is none: make each a source of data.sources")
+    if is_url(tables[0]):
+        raise ValueError(f"{setting}: {tables[0]} is an address, and tables are read from files: copy it here first")
+    if caption.field != "txt":
+        raise ValueError(
+            f"{setting}: {tables[0]} is a table, whose captions are in the column {columns}.caption={config.caption}: "
+            f"leave caption.field={caption.field} at txt"
+        )
+    own = Columns(config.image, config.caption, (f"{columns}.image", f"{columns}.caption"))
+    try:
+        return [TableShards(Table(Path(name), own)) for name in tables]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{setting}: {error}") from error
+
+
 def find_sources(config: DataConfig) -> list[Source]:
     """The sources of the training data.
 
     Raises:
-        FileNotFoundError, ValueError: as of `expand` and `read_counts`.
+        FileNotFoundError, ValueError: as of `expand`, `read_counts` and `build_cache`.
     """
-    captions = build_captions(config.caption)
+    captions, cache = build_captions(config.caption), build_cache(config)
     if config.shards is not None:
         shards = expand(config.shards)
-        return [Source(shards, captions, config.image, counts=read_counts(shards))]
+        tables = build_tables(shards, config.table, config.caption, setting="data.shards", columns="data.table")
+        return [_source(shards, tables, captions, config.image, cache=cache)]
     sources: list[Source] = []
     for name, source in config.sources.items():
+        setting = f"data.sources.{name}"
         shards = expand(source.shards)
         own = captions if source.caption is None else build_captions(source.caption)
+        tables = build_tables(
+            shards,
+            source.table or config.table,
+            source.caption or config.caption,
+            setting=setting,
+            columns="data.table" if source.table is None else f"{setting}.table",
+        )
         sources.append(
-            Source(
+            _source(
                 shards,
+                tables,
                 own,
                 source.image or config.image,
                 weight=source.weight,
                 passes=source.passes,
-                counts=read_counts(shards),
-                setting=f"data.sources.{name}",
+                setting=setting,
+                cache=cache,
             )
         )
     return sources
+
+
+def _source(shards: list[str], tables: list[TableShards] | None, captions: Captions, image: str, **more: Any) -> Source:
+    if tables is None:
+        return Source(shards, captions, image, counts=read_counts(shards), **more)
+    return Source([name for table in tables for name in table.names], captions, image, tables=tables, **more)
 
 
 def build_stream(

@@ -261,21 +261,23 @@ def _removed(folder: Path):
 
 def _source(arguments: argparse.Namespace, work: Path, console: Console) -> Source:
     """What the command names: a folder, a table or shards."""
-    from clipq.data.pack_sources import Shards, class_folder, read_shards, read_table
+    from clipq.data.pack_sources import Shards, TableRows, class_folder, read_shards
     from clipq.data.shards import expand
+    from clipq.data.table import Columns, Table, is_table
 
     first = Path(arguments.source[0]).expanduser()
-    is_folder, is_table = first.is_dir(), first.suffix.lower() in (".csv", ".tsv", ".parquet")
+    is_folder, names_table = first.is_dir(), is_table(first.name)
     if not is_folder and (arguments.classnames or arguments.template):
         raise ValueError(f"--classnames and --template are for a folder of class folders, which {first} is not")
-    if (is_folder or is_table) and len(arguments.source) > 1:
+    if (is_folder or names_table) and len(arguments.source) > 1:
         raise ValueError(f"expected one SOURCE beside {first}, or shards alone: {' '.join(arguments.source)}")
     if is_folder:
         if arguments.output.absolute().is_relative_to(first.absolute()):
             raise ValueError(f"{arguments.output} lies in {first}, where it would be taken for a class")
         return class_folder(first, _classnames(arguments), _templates(arguments), arguments.seed)
-    if is_table:
-        return read_table(first, arguments.image_column, arguments.caption_column)
+    if names_table:
+        options = "--image-column", "--caption-column"
+        return TableRows(Table(first, Columns(arguments.image_column, arguments.caption_column, options)))
     if not any(".tar" in name for name in arguments.source):
         raise ValueError(
             f"{first}: expected a folder of class folders, a .csv, .tsv or .parquet that exists, or shards"

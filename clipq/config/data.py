@@ -26,6 +26,14 @@ class CaptionConfig:
 
 
 @dataclass
+class TableConfig:
+    image: str = "filepath"
+    """Column of the paths of image files, relative to the table's folder."""
+    caption: str = "title"
+    """Column of the captions."""
+
+
+@dataclass
 class AugmentConfig:
     scale: list[float] = field(default_factory=lambda: [0.9, 1.0])
     """Area of the random crop as a share of the image, [smallest, largest] (OpenCLIP's default)."""
@@ -70,6 +78,8 @@ class SourceConfig:
     """As `data.image`, which it is where None."""
     caption: CaptionConfig | None = None
     """As `data.caption`, which it is where None."""
+    table: TableConfig | None = None
+    """As `data.table`, which it is where None."""
 
 
 def _check_source(where: str, source: SourceConfig) -> None:
@@ -85,18 +95,26 @@ class DataConfig:
     root: str | None = None
     """Folder of the data set, for `shards` and evaluation to refer to. The built-in set needs none."""
     shards: Any = MISSING
-    """Training shards (.tar, .tar.gz): a path, a `{00000..00099}` range, a glob, or a list of them."""
+    """Training shards (.tar, .tar.gz), or tables of image files and captions (.csv, .tsv, .parquet): a path, a
+    `{00000..00099}` range, a glob, or a list of them."""
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """In place of `shards`: name -> shards that are mixed, each with a weight of its own."""
     image: str = "jpg;jpeg;png;webp"
     """Member extensions that hold the image, first match wins, separated by semicolons."""
     caption: CaptionConfig = field(default_factory=CaptionConfig)
     """Where captions are and how one is chosen."""
+    table: TableConfig = field(default_factory=TableConfig)
+    """Where `shards` are tables: their columns."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Training augmentation."""
     workers: int | None = None
     """Loader processes for each rank; None takes the CPU cores of this rank less one, between 1 and 14. 0 loads in the
     training process."""
+    cache: str | None = None
+    """Folder on a disk of each host in which remote shards (http, s3, gs and so on) are kept once they were read, for
+    later passes and runs. None keeps none."""
+    cache_gb: float | None = None
+    """GB (10^9 bytes) that `cache` may take, what is being written included; well above `lanes` shards."""
     max_lost: float = 0.05
     """Share of the samples, and of the shards, that may be unreadable before the run ends; of the last 50,000 to
     100,000 samples and 500 to 1000 shards of each rank."""
@@ -122,6 +140,16 @@ class DataConfig:
             "data.sources: each has `passes`, and the length of a run is `steps`: leave one source without",
         )
         require(self.workers is None or self.workers >= 0, f"data.workers={self.workers}: expected 0 or more")
+        require(
+            (self.cache is None) == (self.cache_gb is None),
+            f"data.cache={self.cache} with data.cache_gb={self.cache_gb}: expected both or neither: the folder that "
+            "keeps remote shards, and how much of its disk it may take, as in data.cache=/scratch/x data.cache_gb=200",
+        )
+        require(self.cache != "", "data.cache is empty: expected a folder, or null")
+        require(
+            self.cache_gb is None or 0 < self.cache_gb < math.inf,
+            f"data.cache_gb={self.cache_gb}: expected a positive number of GB",
+        )
         require(0 <= self.max_lost <= 1, f"data.max_lost={self.max_lost}: expected a share in [0, 1]")
         require(self.prefetch >= 1, f"data.prefetch={self.prefetch}: expected 1 or more")
         require(self.lanes is None or self.lanes >= 1, f"data.lanes={self.lanes}: expected 1 or more, or null")

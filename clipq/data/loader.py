@@ -23,11 +23,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from clipq.data.cache import Cache
 from clipq.data.decode import Captions, TrainTransform
 from clipq.data.faults import Faults
 from clipq.data.order import Item, Lane, Mix, Order, Place, Visit
 from clipq.data.parallel import cores
 from clipq.data.shards import Damage, DataError, Sample, check_members, log_damage, member, read_part
+from clipq.data.table import TableShards, read_image, read_tables
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +77,10 @@ class Source:
     spares come in the places of those that it lacks."""
     setting: str = "data.shards"
     """Which setting names it, for errors."""
+    cache: Cache | None = None
+    """Where remote shards are kept."""
+    tables: list[TableShards] | None = None
+    """Where the shards are those of tables, in this order."""
 
     def check(self) -> None:
         """Looks at the first samples.
@@ -83,7 +89,10 @@ class Source:
             DataError: they are not what the settings say.
         """
         try:
-            check_members(self.shards, self._wanted, self.captions.all)
+            for table in self.tables or []:
+                table.check()
+            if self.tables is None:
+                check_members(self.shards, self._wanted, self.captions.all)
         except DataError as error:
             raise DataError(f"{self.setting}: {error}") from error
 
@@ -97,6 +106,8 @@ class Source:
                 faults.broken += 1
                 faults.last = damage.shard
 
+        if self.tables is not None:
+            return read_tables(self.tables, visit.shard, part=visit.part, parts=order.parts, first=first)
         return read_part(
             self.shards[visit.shard],
             self._wanted,
@@ -105,6 +116,7 @@ class Source:
             first=first,
             count=self.counts[visit.shard] if self.counts else None,
             tell=visit.round == 0 and visit.part == 0,
+            cache=self.cache,
             on_damage=damaged,
         )
 
@@ -259,7 +271,7 @@ class TrainStream:
         sample, source = item.sample, self.sources[lane.order.source]
         if sample is None:
             raise ValueError("it is missing")
-        data = member(sample, source.image)
+        data = member(sample, source.image) if source.tables is None else read_image(sample)
         assert data is not None  # read_part lets no other sample through
         rng = random.Random(self._own(lane, item))
         image, text = self.transform(data, rng), encode(source.captions.one(sample, rng))

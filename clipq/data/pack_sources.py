@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import gzip
-import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from clipq.data.evalset import IMAGE_SUFFIXES, ImageFolder
 from clipq.data.parallel import over
 from clipq.data.shards import grouped
+from clipq.data.table import Table
 from clipq.data.tar import BLOCK, MAX_MEMBER, META, NO_END, READ_AHEAD, StrictHeader
 
 
@@ -86,89 +85,17 @@ def class_folder(folder: Path, names: Sequence[str] | None, templates: Sequence[
 
 
 @dataclass(frozen=True)
-class Table:
+class TableRows:
     """Image files and captions."""
 
-    folder: Path
-    """Paths are relative to it."""
-    paths: Sequence[str]
-    captions: Sequence[str]
+    table: Table
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.table)
 
     def __getitem__(self, number: int, /) -> Record:
-        path = str(self.folder.absolute() / self.paths[number])
-        return {"image": Piece(path), "txt": self.captions[number].strip().encode("utf-8", "replace")}
-
-
-def read_table(path: Path, image: str, caption: str) -> Table:
-    """The rows of a CSV, TSV (the delimiter is a tab where the first line has one) or parquet file.
-
-    Args:
-        image: name of the column of paths, relative to the folder of the file.
-        caption: name of the column of captions.
-
-    Raises:
-        ValueError: no such columns, no rows, or no file of this kind.
-        ImportError: a parquet file, but pyarrow is not installed.
-    """
-    read = _parquet_columns if path.suffix == ".parquet" else _text_columns
-    paths, captions = read(path, image, caption)
-    if not paths:
-        raise ValueError(f"{path}: the table has no rows")
-    if "://" in paths[0]:
-        raise ValueError(
-            f"{path}: {paths[0]} is an address, and column {image} is to name files: download them first, "
-            "for instance with img2dataset, which writes shards itself"
-        )
-    return Table(path.parent, paths, captions)
-
-
-def _text_columns(path: Path, image: str, caption: str) -> tuple[list[str], list[str]]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses long captions
-    paths, captions = [], []
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as stream:
-            first = stream.readline()
-            stream.seek(0)
-            rows = csv.DictReader(stream, delimiter="\t" if "\t" in first else ",", strict=True)
-            _check_columns(path, [image, caption], rows.fieldnames or [])
-            for row in rows:
-                if None in row:
-                    raise ValueError(
-                        f"{path}: line {rows.line_num} has more fields than the first: put quotes around captions "
-                        "with a delimiter in them"
-                    )
-                paths.append(row[image] or "")
-                captions.append(row[caption] or "")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected text in UTF-8: {error}") from error
-    except csv.Error as error:
-        raise ValueError(f"{path}: row {len(paths) + 1} is not CSV: {error}") from error
-    return paths, captions
-
-
-def _parquet_columns(path: Path, image: str, caption: str) -> tuple[list[str], list[str]]:
-    try:
-        import pyarrow  # pyright: ignore[reportMissingImports]
-        import pyarrow.parquet  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ImportError(f"{path}: reading parquet takes pyarrow: pip install 'clipq[parquet]'") from error
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            _check_columns(path, [image, caption], file.schema_arrow.names)
-            table: Any = file.read([image, caption])
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a parquet file: {error}") from error
-    paths, captions = ([str(value or "") for value in table[name].to_pylist()] for name in (image, caption))
-    return paths, captions
-
-
-def _check_columns(path: Path, wanted: list[str], there: Sequence[str]) -> None:
-    for name, option in zip(wanted, ("--image-column", "--caption-column"), strict=True):
-        if name not in there:
-            raise ValueError(f"{path} has no column {name}: name one of {', '.join(there) or 'none'} with {option}")
+        path, caption = self.table[number]
+        return {"image": Piece(str(self.table.folder / path)), "txt": caption.strip().encode("utf-8", "replace")}
 
 
 @dataclass(frozen=True)

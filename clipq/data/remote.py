@@ -7,6 +7,7 @@ import logging
 import re
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from typing import Any, NamedTuple
 
@@ -27,12 +28,33 @@ BLOCK = 4 << 20
 """Bytes asked for at a time."""
 
 
+_SIGNED = re.compile(
+    r"x-(amz|goog|oss)-.+|signature|expires|policy|hash-algorithm|key-pair-id|(aws|oss)accesskeyid|googleaccessid"
+    r"|security-token",
+    re.IGNORECASE,
+)
+"""Parameters that sign an address, as S3, Google, CloudFront and Alibaba have them."""
+_SIGNED_BY_AZURE = re.compile(r"sig|s[eiprstv]|sip|srt|spr|sk[estv]|sk[ot]id")
+"""Where there is a `sig`: such short names may mean anything elsewhere."""
+
+
 class RemoteError(OSError):
     """A shard cannot be read, and trying again did not help."""
 
 
 def is_url(name: str) -> bool:
     return name.startswith("pipe:") or "://" in name
+
+
+def unsigned(url: str) -> str:
+    """An address without what signs it, which is another each time."""
+    if not url.startswith(HTTP):
+        return url
+    parts = urllib.parse.urlsplit(url)
+    named = [(parameter.partition("=")[0], parameter) for parameter in parts.query.split("&")]
+    azure = any(name == "sig" for name, _ in named)
+    stays = [p for name, p in named if not _SIGNED.fullmatch(name) and not (azure and _SIGNED_BY_AZURE.fullmatch(name))]
+    return urllib.parse.urlunsplit(parts._replace(query="&".join(stays), fragment=""))
 
 
 def open_url(name: str) -> Any:
@@ -55,7 +77,8 @@ class RemoteFile:
         self._url = url
         self._file: Any = None
         self._at = 0
-        self._about: About | None = None
+        self.about: About | None = None
+        """What is told of the whole; None before the first byte."""
         self._waited, self._since, self._stalls = 0.0, 0, 0
         """Seconds spent reading since the byte, and how often that was too slow."""
 
@@ -78,7 +101,7 @@ class RemoteFile:
                 begun = time.monotonic()
                 data = self._file.read1(size)
                 self._waited += time.monotonic() - begun
-                whole = self._about.size if self._about else None
+                whole = self.about.size if self.about else None
                 if not data and whole is not None and self._at < whole:
                     raise EOFError(f"it ended after {self._at:,} of {whole:,} bytes")
                 self._at += len(data)
@@ -115,12 +138,12 @@ class RemoteFile:
     def _open(self) -> Any:
         """The file, at the byte where the last try failed."""
         file, at, about = (_open_http if self._url.startswith(HTTP) else _open_fsspec)(self._url, self._at)
-        before = self._about or about
+        before = self.about or about
         if before.differs(about) or at > self._at:
             file.close()
             raise RemoteError(f"it was changed while it was read ({before}, and then {about} from byte {at:,})")
         size = before.size if about.size is None else about.size
-        self._about = About(size, about.version or before.version)
+        self.about = About(size, about.version or before.version)
         begun, start = time.monotonic(), at
         while at < self._at:  # the server gives no parts of a file
             skipped = len(file.read1(min(self._at - at, BLOCK)))
@@ -149,9 +172,10 @@ class About(NamedTuple):
         return any(a is not None and b is not None and a != b for a, b in zip(self, other, strict=True))
 
 
-def _open_http(url: str, at: int) -> tuple[Any, int, About]:
-    """A response, where its body begins, and what is told of the whole."""
-    headers = {"User-Agent": "clipq"} | ({"Range": f"bytes={at}-"} if at else {})
+def _open_http(url: str, at: int, end: int | None = None) -> tuple[Any, int, About]:
+    """A response, where its body begins, and what is told of the whole; to the byte `end`, or all."""
+    part = {} if at == 0 and end is None else {"Range": f"bytes={at}-{'' if end is None else end}"}
+    headers = {"User-Agent": "clipq"} | part
     try:
         response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=SECONDS)
     except urllib.error.HTTPError as error:
@@ -176,7 +200,15 @@ def _open_fsspec(url: str, at: int) -> tuple[Any, int, About]:
     files, path = fsspec.core.url_to_fs(url, **_limits(url))
     file = files.open(path, "rb", block_size=BLOCK, cache_type="readahead")
     file.seek(at)
-    return io.BufferedReader(file, BLOCK), at, About(file.size, None)
+    details = getattr(file, "details", None) or {}
+    return io.BufferedReader(file, BLOCK), at, About(file.size, details.get("ETag") or details.get("etag"))
+
+
+def look(url: str) -> About:
+    """What is told of a file now, for one request of a byte: signed addresses refuse to be asked for none."""
+    file, _, about = _open_http(url, 0, end=0) if url.startswith(HTTP) else _open_fsspec(url, 0)
+    file.close()
+    return about
 
 
 def require_protocol(url: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import braceexpand
 from webdataset.tariterators import base_plus_ext
 
+from clipq.data.cache import Cache
 from clipq.data.remote import is_url, open_url, require_protocol
 from clipq.data.tar import Damage, members
 
@@ -106,7 +107,15 @@ def log_damage(damage: Damage) -> None:
     log.warning("shard %s: %s", damage.shard, damage.text)
 
 
-def read_shard(shard: str, *, on_damage: Callable[[Damage], None] = log_damage) -> Generator[Sample]:
+def _open(shard: str, cache: Cache | None) -> Any:
+    if not is_url(shard):
+        return Path(shard).open("rb", buffering=0)
+    return open_url(shard) if cache is None else cache.open(shard)
+
+
+def read_shard(
+    shard: str, *, cache: Cache | None = None, on_damage: Callable[[Damage], None] = log_damage
+) -> Generator[Sample]:
     """Samples of a .tar or .tar.gz in the order of the file, members grouped by their key.
 
     A shard that cannot be opened, is damaged or breaks off ends there; `on_damage` is told, with the number of samples
@@ -114,7 +123,7 @@ def read_shard(shard: str, *, on_damage: Callable[[Damage], None] = log_damage) 
     """
     count = 0
     try:
-        with open_url(shard) if is_url(shard) else Path(shard).open("rb", buffering=0) as stream:
+        with _open(shard, cache) as stream:
             for sample in grouped(members(shard, stream, on_damage)):
                 count += 1
                 yield sample
@@ -134,6 +143,7 @@ def read_part(
     first: int = 0,
     count: int | None = None,
     tell: bool = False,
+    cache: Cache | None = None,
     on_damage: Callable[[Damage], None] = log_damage,
 ) -> Iterator[tuple[int, Sample | None]]:
     """(index in the shard, sample) of a shard's samples that have what is wanted, in the order of the file.
@@ -144,6 +154,7 @@ def read_part(
         first: and is no less than this.
         count: samples that the shard ought to hold, if that is known; None comes for each that is missing at its end.
         tell: log how many samples lack something.
+        cache: where remote shards are kept.
         on_damage: as of `read_shard`; also where no sample of the shard has what is wanted.
     """
     names = {"__key__", "__url__", *(name for alternatives in wanted for name in alternatives.split(";"))}
@@ -154,7 +165,7 @@ def read_part(
         damage.append(fault)
         on_damage(fault)
 
-    for index, sample in enumerate(read_shard(shard, on_damage=damaged)):
+    for index, sample in enumerate(read_shard(shard, cache=cache, on_damage=damaged)):
         missing = [w for w in wanted if member(sample, w) is None]
         if missing:
             left_out[" and ".join(missing)] += 1

@@ -143,6 +143,22 @@ def test_stream(shards: list[str], arch: Path) -> None:
     assert (stream.rank, stream.world_size, stream.lanes, stream.seed, stream.shuffle) == (1, 3, 6, 5, 17)
 
 
+def test_cache(shards: list[str], tmp_path: Path) -> None:
+    config = DataConfig(name="x", shards=shards, cache=str(tmp_path / "a" / "b"), cache_gb=0.25)
+    cache = find_sources(config)[0].cache
+    assert cache is not None
+    assert (cache.folder, cache.limit) == (tmp_path / "a" / "b", 250_000_000)
+    sources = {"a": SourceConfig(shards=shards[:2]), "b": SourceConfig(shards=shards[2])}
+    both = find_sources(dataclasses.replace(config, shards=None, sources=sources))
+    assert both[0].cache is both[1].cache is not None, "a limit for all"
+    for wrong in ({"cache": None}, {"cache_gb": None}, {"cache_gb": 0.0}, {"cache": ""}):
+        with pytest.raises(ConfigError, match=r"data\.cache"):
+            dataclasses.replace(config, **wrong)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"data\.cache=.*/file/x cannot be used \(Not a directory\): name a folder"):
+        find_sources(dataclasses.replace(config, cache=str(tmp_path / "file" / "x")))
+
+
 def test_sources(shards: list[str]) -> None:
     config = DataConfig(
         name="x",
