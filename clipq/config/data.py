@@ -13,16 +13,31 @@ from clipq.config.checks import require, strings
 
 @dataclass
 class CaptionConfig:
-    field: str = "txt"
-    """Where captions are: `txt`, or `json.NAME` for the field NAME of the `json` member (a string or a list)."""
+    field: Any = "txt"
+    """Where captions are: `txt`, or `json.NAME` for the field NAME of the `json` member (a string or a list). Or
+    several of these with a probability each, as in `{txt: 0.5, json.captions: 0.5}`: each time a sample is seen, its
+    caption is from one of those that it has."""
     lines: bool = False
     """A `txt` member holds one caption a line; one is chosen at random each time the sample is seen."""
 
     def __post_init__(self) -> None:
+        given = f"data.caption.field={self.field!r}"
+        names = list(self.field) if isinstance(self.field, dict) else [self.field]
         require(
-            self.field == "txt" or (self.field.startswith("json.") and len(self.field) > 5),
-            f"data.caption.field={self.field!r}: expected 'txt' or 'json.NAME', as in 'json.captions'",
+            len(names) > 0
+            and all(isinstance(n, str) and (n == "txt" or (n.startswith("json.") and len(n) > 5)) for n in names),
+            f"{given}: expected 'txt' or 'json.NAME', as in 'json.captions', or several of these with a probability "
+            "each, as in {txt: 0.5, json.captions: 0.5}",
         )
+        if isinstance(self.field, dict):
+            require(
+                all(_is_number(p) and p > 0 for p in self.field.values()) and abs(sum(self.field.values()) - 1) < 1e-5,
+                f"{given}: expected a positive probability for each field, and 1 as their sum",
+            )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @dataclass

@@ -92,6 +92,21 @@ MISTAKES = {
     "layer scale on a ResNet": (["model.name=RN50", "model.layer_scale_init=0.0"], ["layer_scale_init", "RN50"]),
     "missing weights": (["model.pretrained=no.pt"], ["no.pt"]),
     "caption field": (["data.caption.field=text"], ["data.caption.field='text'", "json.NAME"]),
+    "fields that do not add up": (
+        ["data.caption.field={txt: 0.5, json.captions: 0.4}"],
+        ["data.caption.field={'txt': 0.5, 'json.captions': 0.4}", "1 as their sum"],
+    ),
+    "fields without a probability": (["data.caption.field=[txt]"], ["data.caption.field=['txt']", "{txt: 0.5, "]),
+    "a field of a wrong name": (["data.caption.field={txt: 0.5, syn: 0.5}"], ["'syn': 0.5", "json.NAME"]),
+    "a field with no chance": (["data.caption.field={txt: 1, json.captions: 0}"], ["a positive probability"]),
+    "evaluation by chance": (
+        [
+            "eval=retrieval",
+            "eval.tasks.retrieval.shards=data/*.tar",
+            "eval.tasks.retrieval.caption.field={txt: 0.5, json.captions: 0.5}",
+        ],
+        ["eval.tasks.retrieval.caption.field=", "expected one field"],
+    ),
     "task without class names": (
         ["eval=zero_shot", "eval.tasks.zero_shot.shards=data/00000.tar"],
         ["eval.tasks.zero_shot.classnames is not set"],

@@ -87,6 +87,8 @@ def test_schedule() -> None:
 def test_captions() -> None:
     assert build_captions(CaptionConfig(field="json.words", lines=False)) == Captions("json.words", False)
     assert build_captions(CaptionConfig(field="txt", lines=True)) == Captions("txt", True)
+    shares = {"txt": 0.25, "json.words": 0.75}
+    assert build_captions(CaptionConfig(field=shares)) == Captions(shares)
 
 
 def test_stream(shards: list[str], arch: Path) -> None:
