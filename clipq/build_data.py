@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator
+import math
+from collections.abc import Generator, Sequence
 from typing import Any
 
-from clipq.config.data import CaptionConfig, DataConfig
+from clipq.config.data import CaptionConfig, DataConfig, FilterConfig
 from clipq.data.decode import Captions, TrainTransform
+from clipq.data.filters import Filter, Range
 from clipq.data.index import read_counts
 from clipq.data.loader import Source, StreamPlace, TrainStream, batches, default_workers
 from clipq.data.shards import DataError, expand
@@ -26,16 +28,30 @@ def build_captions(config: CaptionConfig) -> Captions:
     return Captions(config.field, config.lines)
 
 
+def build_filter(config: FilterConfig) -> Filter:
+    return Filter(
+        min_size=config.min_size,
+        max_aspect=config.max_aspect,
+        caption_length=None if config.caption_length is None else _range(config.caption_length),
+        json={name: _range(bounds) for name, bounds in config.json.items()},
+    )
+
+
+def _range(bounds: Sequence[float | None]) -> Range:
+    low, high = bounds
+    return Range(-math.inf if low is None else low, math.inf if high is None else high)
+
+
 def find_sources(config: DataConfig) -> list[Source]:
     """The sources of the training data.
 
     Raises:
         FileNotFoundError, ValueError: as of `expand` and `read_counts`.
     """
-    captions = build_captions(config.caption)
+    captions, filter = build_captions(config.caption), build_filter(config.filter)
     if config.shards is not None:
         shards = expand(config.shards)
-        return [Source(shards, captions, config.image, counts=read_counts(shards))]
+        return [Source(shards, captions, config.image, counts=read_counts(shards), filter=filter)]
     sources: list[Source] = []
     for name, source in config.sources.items():
         shards = expand(source.shards)
@@ -49,6 +65,7 @@ def find_sources(config: DataConfig) -> list[Source]:
                 passes=source.passes,
                 counts=read_counts(shards),
                 setting=f"data.sources.{name}",
+                filter=filter if source.filter is None else build_filter(source.filter),
             )
         )
     return sources

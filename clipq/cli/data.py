@@ -175,9 +175,9 @@ def _counts(faults: list[Fault]) -> list[str]:
 
 def _stats(arguments: argparse.Namespace, console: Console) -> int:
     from clipq.data.index import write_whole
-    from clipq.data.shards import expand
+    from clipq.data.shards import expand, spread
     from clipq.data.sheet import contact_sheet
-    from clipq.data.stats import Stats, look, spread
+    from clipq.data.stats import Stats, look
 
     shards, each = spread(_files(expand(arguments.shards)), arguments.limit)
     output: Path = arguments.output

@@ -36,6 +36,48 @@ class CaptionConfig:
             )
 
 
+@dataclass
+class FilterConfig:
+    """What samples have to be like to be trained on. Others are left out, which is no loss: see `data.max_lost`."""
+
+    min_size: int | None = None
+    """Pixels of the image's short side, at least."""
+    max_aspect: float | None = None
+    """Long side of the image by its short side, at most."""
+    caption_length: list[int | None] | None = None
+    """Characters of a caption, [fewest, most]; either may be null. Captions of other lengths are not chosen, and a
+    sample that has no other is left out."""
+    json: dict[str, Any] = field(default_factory=dict)
+    """Numeric field of the `json` member -> [lowest, highest]; either may be null. A sample that has no such number is
+    left out."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.min_size is None or self.min_size >= 1, f"data.filter.min_size={self.min_size}: expected 1 or more"
+        )
+        require(
+            self.max_aspect is None or 1 <= self.max_aspect < math.inf,
+            f"data.filter.max_aspect={self.max_aspect}: expected a finite number from 1 on, long side by short side",
+        )
+        if self.caption_length is not None:
+            _check_range("data.filter.caption_length", self.caption_length)
+            require(
+                all(bound is None or bound >= 0 for bound in self.caption_length),
+                f"data.filter.caption_length={self.caption_length}: characters are 0 or more",
+            )
+        for name, bounds in self.json.items():
+            _check_range(f"data.filter.json.{name}", bounds)
+
+
+def _check_range(where: str, bounds: Any) -> None:
+    require(
+        isinstance(bounds, list) and len(bounds) == 2 and all(b is None or _is_number(b) for b in bounds),
+        f"{where}={bounds!r}: expected [lowest, highest], of which either may be null, as in [0.28,null]",
+    )
+    low, high = (end if bound is None else bound for bound, end in zip(bounds, (-math.inf, math.inf), strict=True))
+    require(low <= high, f"{where}={bounds}: nothing is in it; expected [lowest, highest]")
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -85,6 +127,8 @@ class SourceConfig:
     """As `data.image`, which it is where None."""
     caption: CaptionConfig | None = None
     """As `data.caption`, which it is where None."""
+    filter: FilterConfig | None = None
+    """As `data.filter`, which it is where None."""
 
 
 def _check_source(where: str, source: SourceConfig) -> None:
@@ -107,6 +151,8 @@ class DataConfig:
     """Member extensions that hold the image, first match wins, separated by semicolons."""
     caption: CaptionConfig = field(default_factory=CaptionConfig)
     """Where captions are and how one is chosen."""
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    """Which samples are left out."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Training augmentation."""
     workers: int | None = None

@@ -15,7 +15,7 @@ import math
 import mmap
 import random
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,9 +25,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from clipq.data.decode import Captions, TrainTransform
 from clipq.data.faults import Faults
-from clipq.data.order import Item, Lane, Mix, Order, Place, Visit
+from clipq.data.filters import Filter, all_left_out, require_some
+from clipq.data.order import AllLeftOutError, Item, Lane, Mix, Order, Place, Visit
 from clipq.data.parallel import cores
-from clipq.data.shards import Damage, DataError, Sample, check_members, log_damage, member, read_part
+from clipq.data.shards import Damage, DataError, LeftOut, Sample, check_members, log_damage, member, read_part
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class Source:
     spares come in the places of those that it lacks."""
     setting: str = "data.shards"
     """Which setting names it, for errors."""
+    filter: Filter = field(default_factory=Filter)
 
     def check(self) -> None:
         """Looks at the first samples.
@@ -84,10 +86,14 @@ class Source:
         """
         try:
             check_members(self.shards, self._wanted, self.captions.all)
+            if self._reason is not None:
+                require_some(self.shards, self._wanted, self._reason)
         except DataError as error:
             raise DataError(f"{self.setting}: {error}") from error
 
-    def read(self, order: Order, faults: Faults, visit: Visit, first: int) -> Iterator[tuple[int, Sample | None]]:
+    def read(
+        self, order: Order, faults: Faults, visit: Visit, first: int
+    ) -> Iterator[tuple[int, Sample | LeftOut | None]]:
         """(index, sample) of the samples of a visit from an index on; faults are logged and counted."""
         faults.shards += 1
 
@@ -105,12 +111,20 @@ class Source:
             first=first,
             count=self.counts[visit.shard] if self.counts else None,
             tell=visit.round == 0 and visit.part == 0,
+            reason=self._reason,
             on_damage=damaged,
         )
 
     @property
     def _wanted(self) -> tuple[str, str]:
         return self.image, self.captions.member
+
+    @property
+    def _reason(self) -> Callable[[Sample], str | None] | None:
+        """Why the filter leaves a sample out; None where there is no filter."""
+        if not self.filter.reasons:
+            return None
+        return functools.partial(self.filter.reason, image=self.image, captions=self.captions)
 
 
 class Slots:
@@ -168,6 +182,11 @@ class TrainStream:
         if self.place is None:
             places = torch.zeros(self.lanes // self.world_size, len(self.sources), len(Place()), dtype=torch.int64)
             object.__setattr__(self, "place", StreamPlace(0, places))
+
+    @property
+    def reasons(self) -> list[str]:
+        """For which filters may leave samples out."""
+        return list(dict.fromkeys(reason for source in self.sources for reason in source.filter.reasons))
 
     def starting_at(self, place: StreamPlace) -> TrainStream:
         """The same stream from a place on."""
@@ -232,8 +251,12 @@ class TrainStream:
         Raises:
             DataError: it cannot be read, and nor can those tried in its place; or the data is used up.
         """
-        lane, item = mix.draw()
+        try:
+            lane, item = mix.draw()
+        except AllLeftOutError as error:
+            raise DataError(f"{self.sources[error.source].setting}: {all_left_out(error.left_out)}") from error
         faults.samples += 1
+        faults.filtered.update(item.left_out)
         try:
             return self._made(lane, item, encode)
         except ValueError as error:
@@ -262,7 +285,7 @@ class TrainStream:
         data = member(sample, source.image)
         assert data is not None  # read_part lets no other sample through
         rng = random.Random(self._own(lane, item))
-        image, text = self.transform(data, rng), encode(source.captions.one(sample, rng))
+        image, text = self.transform(data, rng), encode(source.captions.one(sample, rng, source.filter.fits))
         return image, text, f"{sample['__url__']}/{sample['__key__']}"
 
     def _own(self, lane: Lane, item: Item) -> str:
@@ -289,7 +312,8 @@ def batches(
     stream: TrainStream, *, workers: int, prefetch: int = 2, pin_memory: bool = False, max_lost: float = 0.05
 ) -> Generator[dict[str, Any]]:
     """Endless batches of a rank, {"image": [B, 3, H, W] uint8, "text": [B, context] int32, "key": [B], "place": where
-    the rank is after it, "lost": samples and shards that could not be read meanwhile}.
+    the rank is after it, "lost": samples and shards that could not be read meanwhile, "filtered": {reason: samples left
+    out by a filter} of those that it came to, with each reason that the filters have}.
 
     A key is the shard that a sample is from and its key in there, `train/00007.tar/000123`.
 
@@ -326,6 +350,7 @@ def batches(
             "key": [keys[n] for n in range(stream.batch_size)],
             "place": place,
             "lost": sum(part["faults"].total for part in parts),
+            "filtered": {r: sum(part["faults"].filtered[r] for part in parts) for r in stream.reasons},
         }
 
 

@@ -85,15 +85,6 @@ def quantiles(counts: Counter[int]) -> dict[str, int]:
     return found
 
 
-def spread(shards: list[str], limit: int | None) -> tuple[list[str], int | None]:
-    """Shards, and samples of each, to look at for no more than `limit` samples in all: of every shard its first, or of
-    evenly spaced shards where these are more than the samples. None for all samples."""
-    if limit is None:
-        return shards, None
-    shards = shards[:: -(-len(shards) // limit)]
-    return shards, limit // len(shards)
-
-
 def look(shards: list[str], rules: Rules, *, each: int | None = None, workers: int = 1) -> Generator[Stats]:
     """What is in the first so many samples of each shard, in the order in which they are finished, to be added up."""
     tasks = [(shard, rules, each) for shard in shards]
