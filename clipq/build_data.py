@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator
+import math
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
-from clipq.config.data import CaptionConfig, DataConfig, TableConfig
+from clipq.config.data import CaptionConfig, DataConfig, FilterConfig, TableConfig
 from clipq.data.cache import Cache
 from clipq.data.decode import Captions, TrainTransform
+from clipq.data.filters import Filter, Range
 from clipq.data.index import read_counts
-from clipq.data.loader import Source, StreamPlace, TrainStream, batches, default_workers
+from clipq.data.loader import StreamPlace, TrainStream, batches, default_workers
 from clipq.data.remote import is_url
 from clipq.data.shards import DataError, expand
+from clipq.data.source import Source
 from clipq.data.table import Columns, Table, TableShards, is_table
 from clipq.dist.env import DistEnv
 from clipq.model.clip import ClipModel, Preprocess
@@ -44,7 +47,7 @@ def build_cache(config: DataConfig) -> Cache | None:
 
 
 def build_tables(
-    names: list[str], config: TableConfig, caption: CaptionConfig, *, setting: str, columns: str
+    names: list[str], config: TableConfig, caption: CaptionConfig, filter: Filter, *, setting: str, columns: str
 ) -> list[TableShards] | None:
     """The tables that are named, if they are tables.
 
@@ -68,11 +71,30 @@ def build_tables(
             f"{setting}: {tables[0]} is a table, whose captions are in the column {columns}.caption={config.caption}: "
             f"leave caption.field={caption.field} at txt"
         )
+    if set(filter.reasons) - {"caption_length"}:
+        raise ValueError(
+            f"{setting}: {tables[0]} is a table, of which only captions are filtered (filter.caption_length): leave "
+            "out the other rows when you write it"
+        )
     own = Columns(config.image, config.caption, (f"{columns}.image", f"{columns}.caption"))
     try:
         return [TableShards(Table(Path(name), own)) for name in tables]
     except (OSError, ValueError) as error:
         raise ValueError(f"{setting}: {error}") from error
+
+
+def build_filter(config: FilterConfig) -> Filter:
+    return Filter(
+        min_size=config.min_size,
+        max_aspect=config.max_aspect,
+        caption_length=None if config.caption_length is None else _range(config.caption_length),
+        json={name: _range(bounds) for name, bounds in config.json.items()},
+    )
+
+
+def _range(bounds: Sequence[float | None]) -> Range:
+    low, high = bounds
+    return Range(-math.inf if low is None else low, math.inf if high is None else high)
 
 
 def find_sources(config: DataConfig) -> list[Source]:
@@ -81,20 +103,22 @@ def find_sources(config: DataConfig) -> list[Source]:
     Raises:
         FileNotFoundError, ValueError: as of `expand`, `read_counts` and `build_cache`.
     """
-    captions, cache = build_captions(config.caption), build_cache(config)
+    captions, filter, cache = build_captions(config.caption), build_filter(config.filter), build_cache(config)
     if config.shards is not None:
         shards = expand(config.shards)
-        tables = build_tables(shards, config.table, config.caption, setting="data.shards", columns="data.table")
-        return [_source(shards, tables, captions, config.image, cache=cache)]
+        tables = build_tables(shards, config.table, config.caption, filter, setting="data.shards", columns="data.table")
+        return [_source(shards, tables, captions, config.image, filter=filter, cache=cache)]
     sources: list[Source] = []
     for name, source in config.sources.items():
         setting = f"data.sources.{name}"
         shards = expand(source.shards)
         own = captions if source.caption is None else build_captions(source.caption)
+        kept = filter if source.filter is None else build_filter(source.filter)
         tables = build_tables(
             shards,
             source.table or config.table,
             source.caption or config.caption,
+            kept,
             setting=setting,
             columns="data.table" if source.table is None else f"{setting}.table",
         )
@@ -107,6 +131,7 @@ def find_sources(config: DataConfig) -> list[Source]:
                 weight=source.weight,
                 passes=source.passes,
                 setting=setting,
+                filter=kept,
                 cache=cache,
             )
         )

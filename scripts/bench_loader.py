@@ -38,8 +38,9 @@ def ours(shards: list[str], size: int) -> Iterator[Any]:
     import open_clip
 
     from clipq.data.decode import Captions, TrainTransform
-    from clipq.data.loader import Source, TrainStream, batches
+    from clipq.data.loader import TrainStream, batches
     from clipq.data.order import usual_lanes
+    from clipq.data.source import Source
 
     tokenizer, lanes = open_clip.get_tokenizer("ViT-B-32"), usual_lanes(len(shards), 1)
     stream = TrainStream([Source(shards, Captions())], TrainTransform((size, size)), tokenizer, BATCH, lanes)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from clipq.data.decode import Captions, TrainTransform
-from clipq.data.loader import Source, TrainStream, batches
+from clipq.data.loader import TrainStream, batches
 from clipq.data.order import usual_lanes
+from clipq.data.source import Source
 
 TEXT = Captions("txt")
 

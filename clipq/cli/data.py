@@ -175,9 +175,9 @@ def _counts(faults: list[Fault]) -> list[str]:
 
 def _stats(arguments: argparse.Namespace, console: Console) -> int:
     from clipq.data.index import write_whole
-    from clipq.data.shards import expand
+    from clipq.data.shards import expand, spread
     from clipq.data.sheet import contact_sheet
-    from clipq.data.stats import Stats, look, spread
+    from clipq.data.stats import Stats, look
 
     shards, each = spread(_files(expand(arguments.shards)), arguments.limit)
     output: Path = arguments.output
@@ -199,14 +199,15 @@ def _stats(arguments: argparse.Namespace, console: Console) -> int:
 
 def _summary(stats: Stats) -> list[str]:
     record = stats.record()
-    rows = {**record["pixels"], "caption characters": record["caption_characters"]}
+    rows = {**record["pixels"], "aspect": record["aspect"], "caption characters": record["caption_characters"]}
+    rows |= {f"json.{name}": row for name, row in record["json"].items()}
     names = list(record["caption_characters"] or record["pixels"]["width"])
     lines = [
         f"{stats.shards:,} shards of {stats.bytes:,} bytes; {stats.samples:,} of their samples were looked at",
         "formats: " + (", ".join(f"{name} {count:,}" for name, count in record["formats"].items()) or "none"),
-        f"{'quantile':<18}" + "".join(f"{name:>8}" for name in names),
+        f"{'quantile':<18}" + "".join(f"{name:>9}" for name in names),
     ]
-    lines += [f"{name:<18}" + "".join(f"{v:>8,}" for v in row.values()) for name, row in rows.items()]
+    lines += [f"{name:<18}" + "".join(f"{v:>9,.7g}" for v in row.values()) for name, row in rows.items()]
     lines.append(f"empty captions: {record['share_of_samples_with_empty_caption']:.2%} of the samples")
     faults = ", ".join(f"{kind} {count:,}" for kind, count in record["faults"].items())
     return [*lines, f"faults: {faults or 'none'}"]

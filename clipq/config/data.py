@@ -13,16 +13,73 @@ from clipq.config.checks import require, strings
 
 @dataclass
 class CaptionConfig:
-    field: str = "txt"
-    """Where captions are: `txt`, or `json.NAME` for the field NAME of the `json` member (a string or a list)."""
+    field: Any = "txt"
+    """Where captions are: `txt`, or `json.NAME` for the field NAME of the `json` member (a string or a list). Or
+    several of these with a probability each, as in `{txt: 0.5, json.captions: 0.5}`: each time a sample is seen, its
+    caption is from one of those that it has."""
     lines: bool = False
     """A `txt` member holds one caption a line; one is chosen at random each time the sample is seen."""
 
     def __post_init__(self) -> None:
+        given = f"data.caption.field={self.field!r}"
+        names = list(self.field) if isinstance(self.field, dict) else [self.field]
         require(
-            self.field == "txt" or (self.field.startswith("json.") and len(self.field) > 5),
-            f"data.caption.field={self.field!r}: expected 'txt' or 'json.NAME', as in 'json.captions'",
+            len(names) > 0
+            and all(isinstance(n, str) and (n == "txt" or (n.startswith("json.") and len(n) > 5)) for n in names),
+            f"{given}: expected 'txt' or 'json.NAME', as in 'json.captions', or several of these with a probability "
+            "each, as in {txt: 0.5, json.captions: 0.5}",
         )
+        if isinstance(self.field, dict):
+            require(
+                all(_is_number(p) and p > 0 for p in self.field.values()) and abs(sum(self.field.values()) - 1) < 1e-5,
+                f"{given}: expected a positive probability for each field, and 1 as their sum",
+            )
+
+
+@dataclass
+class FilterConfig:
+    """What samples have to be like to be trained on. Others are left out, which is no loss: see `data.max_lost`."""
+
+    min_size: int | None = None
+    """Pixels of the image's short side, at least."""
+    max_aspect: float | None = None
+    """Long side of the image by its short side, at most."""
+    caption_length: list[int | None] | None = None
+    """Characters of a caption, [fewest, most]; either may be null. Captions of other lengths are not chosen, and a
+    sample that has no other is left out."""
+    json: dict[str, Any] = field(default_factory=dict)
+    """Numeric field of the `json` member -> [lowest, highest]; either may be null. A sample that has no such number is
+    left out."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.min_size is None or self.min_size >= 1, f"data.filter.min_size={self.min_size}: expected 1 or more"
+        )
+        require(
+            self.max_aspect is None or 1 <= self.max_aspect < math.inf,
+            f"data.filter.max_aspect={self.max_aspect}: expected a finite number from 1 on, long side by short side",
+        )
+        if self.caption_length is not None:
+            _check_range("data.filter.caption_length", self.caption_length)
+            require(
+                all(bound is None or bound >= 0 for bound in self.caption_length),
+                f"data.filter.caption_length={self.caption_length}: characters are 0 or more",
+            )
+        for name, bounds in self.json.items():
+            _check_range(f"data.filter.json.{name}", bounds)
+
+
+def _check_range(where: str, bounds: Any) -> None:
+    require(
+        isinstance(bounds, list) and len(bounds) == 2 and all(b is None or _is_number(b) for b in bounds),
+        f"{where}={bounds!r}: expected [lowest, highest], of which either may be null, as in [0.28,null]",
+    )
+    low, high = (end if bound is None else bound for bound, end in zip(bounds, (-math.inf, math.inf), strict=True))
+    require(low <= high, f"{where}={bounds}: nothing is in it; expected [lowest, highest]")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @dataclass
@@ -80,6 +137,8 @@ class SourceConfig:
     """As `data.caption`, which it is where None."""
     table: TableConfig | None = None
     """As `data.table`, which it is where None."""
+    filter: FilterConfig | None = None
+    """As `data.filter`, which it is where None."""
 
 
 def _check_source(where: str, source: SourceConfig) -> None:
@@ -105,6 +164,8 @@ class DataConfig:
     """Where captions are and how one is chosen."""
     table: TableConfig = field(default_factory=TableConfig)
     """Where `shards` are tables: their columns."""
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    """Which samples are left out."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Training augmentation."""
     workers: int | None = None

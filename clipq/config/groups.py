@@ -265,6 +265,11 @@ def _check_task(where: str, task: TaskConfig) -> None:
         require(task.templates is not None, f"{where}.templates is not set: name a file with a template a line")
     else:
         require(task.folder is None, f"{where}.folder: retrieval reads shards, where captions stand beside images")
+        require(
+            isinstance(task.caption.field, str),
+            f"{where}.caption.field={task.caption.field}: every caption of a field counts in an evaluation, none by "
+            "chance: expected one field, 'txt' or 'json.NAME'",
+        )
 
 
 @dataclass

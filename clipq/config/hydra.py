@@ -86,7 +86,15 @@ def run(kind: type[Job], config_name: str, function: Callable[[Job, str], None],
             _fail(_explain(error, kind))
 
     try:
-        compose()
+        try:
+            compose()
+        except (AssertionError, AttributeError) as error:  # OmegaConf's, of a part of what is null
+            if "NoneType" not in str(error):
+                raise
+            raise ConfigError(
+                "an override is for a part of what is not set, such as the filter of a source: write it where the "
+                "source is named, as in 'data.sources={a: {shards: a.tar, filter: {min_size: 200}}}'"
+            ) from error
         # Not within Hydra: its frames would stand above those of an error, and --multirun checks every job first.
         _check_folders([job for job, _ in jobs])
         for job, yaml in jobs:
@@ -121,9 +129,13 @@ def _quote_braces(argument: str) -> str:
 
 
 def _add_entries(argument: str, kind: type) -> str:
-    """Lets `data.sources={a: {…}}` add entries, which Hydra does only with `++`."""
+    """Lets `data.sources={a: {…}}` and `data.filter.json.a=[0,1]` add entries, which Hydra does only with `++`."""
     key, _, value = argument.partition("=")
-    adds = value.startswith("{") and typing.get_origin(_type_at(kind, key)) is dict
+    holder, at = _type_at(kind, key.rpartition(".")[0]), _type_at(kind, key)
+    if typing.get_origin(holder) is dict:
+        adds = not is_dataclass(at)  # which Hydra would add as a bare dictionary
+    else:
+        adds = value.startswith("{") and "." in key and at is not None
     return f"++{argument}" if adds else argument
 
 

@@ -7,11 +7,12 @@ PIL transform, so that its numbers are those of the field's tools.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,6 +91,18 @@ def quick_size(data: bytes) -> tuple[int, int] | None:
         return None
     height, width = int(height), int(width)
     return (height, width) if height * width <= MAX_PIXELS else None
+
+
+def stored_size(data: bytes) -> tuple[int, int] | None:
+    """Height and width as the header has them, before EXIF turns the image; None where it cannot be read."""
+    try:
+        if data[:2] == b"\xff\xd8":
+            height, width, *_ = simplejpeg.decode_jpeg_header(data)  # a tenth of the time that Pillow takes
+            return int(height), int(width)
+        image = Image.open(io.BytesIO(data))
+        return image.height, image.width
+    except Exception:  # Pillow's readers raise errors of many kinds on damaged files
+        return None
 
 
 def _decode(data: bytes, *, quick: bool, least: tuple[int, int] = (0, 0)) -> np.ndarray:
@@ -207,49 +220,97 @@ def _scaled(box: tuple[int, int, int, int], size: tuple[int, int], now: tuple[in
 
 @dataclass(frozen=True)
 class Captions:
-    """Where the captions of a sample are: `txt`, or `json.NAME` for a string or a list in the `json` member."""
+    """Where the captions of a sample are: `txt`, or `json.NAME` for a string or a list in the `json` member; or several
+    such fields, each with its probability."""
 
-    source: str = "txt"
+    source: str | Mapping[str, float] = "txt"
     lines: bool = False
     """A `txt` member holds one caption a line."""
     member: str = field(init=False)
+    """Members that hold them, separated by semicolons."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "member", self.source.split(".")[0])
+        object.__setattr__(self, "member", ";".join(dict.fromkeys(name.split(".")[0] for name in self._fields)))
+
+    @functools.cached_property
+    def _fields(self) -> dict[str, float]:
+        """In an order of their own: that in which they are written must not change what is drawn."""
+        return {self.source: 1.0} if isinstance(self.source, str) else dict(sorted(self.source.items()))
 
     def all(self, sample: Sample) -> list[str]:
         """Every caption of a sample, at least one, none of them blank.
 
         Raises:
-            ValueError: the member or the field is not there, or holds no text.
+            ValueError: no member or field is there, or they hold no text.
         """
-        data = member(sample, self.member)
-        if data is None:
-            raise ValueError(f"sample {sample['__key__']} has no {self.member} member")
-        found = self._from_json(sample, data) if "." in self.source else _text(sample, data)
-        lines = found.split("\n") if isinstance(found, str) and self.lines else found
-        captions = [c.strip() for c in ([lines] if isinstance(lines, str) else lines)]
-        captions = [c for c in captions if c]
+        captions = self.written(sample)
         if not captions:
-            raise ValueError(f"sample {sample['__key__']} has no text in {self.source}")
+            raise ValueError(f"sample {sample['__key__']} has no text in {' or '.join(self._fields)}")
         return captions
 
-    def one(self, sample: Sample, rng: random.Random) -> str:
-        """One caption, chosen at random where there are several."""
-        captions = self.all(sample)
-        return captions[0] if len(captions) == 1 else rng.choice(captions)
+    def written(self, sample: Sample) -> list[str]:
+        """As `all`, but none where the members and fields are there and hold no text."""
+        found, faults = [], []
+        for name in self._fields:
+            try:
+                found += self._of(sample, name)
+            except ValueError as error:
+                faults.append(str(error))
+        if len(faults) == len(self._fields):
+            raise ValueError("; ".join(faults))
+        return found
 
-    def _from_json(self, sample: Sample, data: bytes) -> str | list[str]:
-        name = self.source.partition(".")[2]
-        try:
-            record: Any = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"sample {sample['__key__']}: its json member cannot be read: {error}") from error
-        found = record.get(name) if isinstance(record, dict) else None
-        if isinstance(found, str) or (isinstance(found, list) and all(isinstance(c, str) for c in found)):
-            return found
-        has = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"sample {sample['__key__']}: json field {name!r} is not text; the record has: {has}")
+    def one(self, sample: Sample, rng: random.Random, fits: Callable[[str], bool] | None = None) -> str:
+        """One caption, chosen at random where there are several; of several fields by their probabilities, among those
+        that the sample has.
+
+        Args:
+            fits: no other caption is chosen.
+
+        Raises:
+            ValueError: as of `all`, or none fits.
+        """
+        left, fault = dict(self._fields), None
+        while left:
+            name = rng.choices(list(left), list(left.values()))[0] if len(left) > 1 else next(iter(left))
+            del left[name]
+            try:
+                captions = self._of(sample, name)
+            except ValueError as error:
+                fault = fault or error
+                continue
+            if fits is not None:
+                captions = [c for c in captions if fits(c)]
+            if captions:
+                return captions[0] if len(captions) == 1 else rng.choice(captions)
+        raise fault or ValueError(f"sample {sample['__key__']} has no text in {' or '.join(self._fields)}")
+
+    def _of(self, sample: Sample, name: str) -> list[str]:
+        """The captions of a field, which may be none.
+
+        Raises:
+            ValueError: it is not there, or no text.
+        """
+        extension, _, key = name.partition(".")
+        data = member(sample, extension)
+        if data is None:
+            raise ValueError(f"sample {sample['__key__']} has no {extension} member")
+        found = _from_json(sample, data, key) if key else _text(sample, data)
+        lines = found.split("\n") if isinstance(found, str) and self.lines else found
+        captions = [c.strip() for c in ([lines] if isinstance(lines, str) else lines)]
+        return [c for c in captions if c]
+
+
+def _from_json(sample: Sample, data: bytes, name: str) -> str | list[str]:
+    try:
+        record: Any = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"sample {sample['__key__']}: its json member cannot be read: {error}") from error
+    found = record.get(name) if isinstance(record, dict) else None
+    if isinstance(found, str) or (isinstance(found, list) and all(isinstance(c, str) for c in found)):
+        return found
+    has = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+    raise ValueError(f"sample {sample['__key__']}: json field {name!r} is not text; the record has: {has}")
 
 
 def _text(sample: Sample, data: bytes) -> str:

@@ -1,8 +1,9 @@
-"""What of the data could not be used: counted, and bounded."""
+"""What of the data was not used: counted, and bounded where it could not be."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 from clipq.data.shards import DataError
 
@@ -29,6 +30,8 @@ class Faults:
     """Of these, that are missing, damaged or cut short."""
     last: str = ""
     """The last fault, in words."""
+    filtered: Counter[str] = field(default_factory=Counter)
+    """Samples that filters left out, by reason. They are no faults."""
 
     @property
     def total(self) -> int:
@@ -43,6 +46,7 @@ class Faults:
     def add(self, other: Faults) -> None:
         for name in ("samples", "unreadable", "missing", "shards", "broken"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.filtered.update(other.filtered)
         self.last = other.last or self.last
 
     def check(self, most: float) -> None:

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from clipq.data.cache import Cache
-from clipq.data.decode import Captions, TrainTransform
+from clipq.data.decode import TrainTransform
 from clipq.data.faults import Faults
-from clipq.data.order import Item, Lane, Mix, Order, Place, Visit
+from clipq.data.filters import all_left_out
+from clipq.data.order import AllLeftOutError, Item, Lane, Mix, Order, Place
 from clipq.data.parallel import cores
-from clipq.data.shards import Damage, DataError, Sample, check_members, log_damage, member, read_part
-from clipq.data.table import TableShards, read_image, read_tables
+from clipq.data.shards import DataError
+from clipq.data.source import Source
 
 log = logging.getLogger(__name__)
 
@@ -59,70 +59,6 @@ class StreamPlace:
     def of_rank(self, rank: int, world_size: int) -> StreamPlace:
         """Of the lanes that fall to a rank; the inverse of `of_all`."""
         return StreamPlace(self.drawn, self.lanes[rank::world_size].clone())
-
-
-@dataclass(frozen=True)
-class Source:
-    """Shards of one kind, and how they are read."""
-
-    shards: list[str]
-    captions: Captions
-    image: str = "jpg;jpeg;png;webp"
-    weight: float = 1.0
-    """Its share of the samples, relative to the weights of the other sources."""
-    passes: int | None = None
-    """Passes over it at most; None for no end."""
-    counts: list[int | None] | None = None
-    """Samples of each shard as manifests have it. A shard that cannot be read to its end then shifts no other sample:
-    spares come in the places of those that it lacks."""
-    setting: str = "data.shards"
-    """Which setting names it, for errors."""
-    cache: Cache | None = None
-    """Where remote shards are kept."""
-    tables: list[TableShards] | None = None
-    """Where the shards are those of tables, in this order."""
-
-    def check(self) -> None:
-        """Looks at the first samples.
-
-        Raises:
-            DataError: they are not what the settings say.
-        """
-        try:
-            for table in self.tables or []:
-                table.check()
-            if self.tables is None:
-                check_members(self.shards, self._wanted, self.captions.all)
-        except DataError as error:
-            raise DataError(f"{self.setting}: {error}") from error
-
-    def read(self, order: Order, faults: Faults, visit: Visit, first: int) -> Iterator[tuple[int, Sample | None]]:
-        """(index, sample) of the samples of a visit from an index on; faults are logged and counted."""
-        faults.shards += 1
-
-        def damaged(damage: Damage) -> None:
-            log_damage(damage)
-            if damage.kind == "damaged":
-                faults.broken += 1
-                faults.last = damage.shard
-
-        if self.tables is not None:
-            return read_tables(self.tables, visit.shard, part=visit.part, parts=order.parts, first=first)
-        return read_part(
-            self.shards[visit.shard],
-            self._wanted,
-            part=visit.part,
-            parts=order.parts,
-            first=first,
-            count=self.counts[visit.shard] if self.counts else None,
-            tell=visit.round == 0 and visit.part == 0,
-            cache=self.cache,
-            on_damage=damaged,
-        )
-
-    @property
-    def _wanted(self) -> tuple[str, str]:
-        return self.image, self.captions.member
 
 
 class Slots:
@@ -180,6 +116,11 @@ class TrainStream:
         if self.place is None:
             places = torch.zeros(self.lanes // self.world_size, len(self.sources), len(Place()), dtype=torch.int64)
             object.__setattr__(self, "place", StreamPlace(0, places))
+
+    @property
+    def reasons(self) -> list[str]:
+        """For which filters may leave samples out."""
+        return list(dict.fromkeys(reason for source in self.sources for reason in source.filter.reasons))
 
     def starting_at(self, place: StreamPlace) -> TrainStream:
         """The same stream from a place on."""
@@ -244,8 +185,12 @@ class TrainStream:
         Raises:
             DataError: it cannot be read, and nor can those tried in its place; or the data is used up.
         """
-        lane, item = mix.draw()
+        try:
+            lane, item = mix.draw()
+        except AllLeftOutError as error:
+            raise DataError(f"{self.sources[error.source].setting}: {all_left_out(error.left_out)}") from error
         faults.samples += 1
+        faults.filtered.update(item.left_out)
         try:
             return self._made(lane, item, encode)
         except ValueError as error:
@@ -271,10 +216,9 @@ class TrainStream:
         sample, source = item.sample, self.sources[lane.order.source]
         if sample is None:
             raise ValueError("it is missing")
-        data = member(sample, source.image) if source.tables is None else read_image(sample)
-        assert data is not None  # read_part lets no other sample through
+        data = source.image_of(sample)
         rng = random.Random(self._own(lane, item))
-        image, text = self.transform(data, rng), encode(source.captions.one(sample, rng))
+        image, text = self.transform(data, rng), encode(source.captions.one(sample, rng, source.filter.fits))
         return image, text, f"{sample['__url__']}/{sample['__key__']}"
 
     def _own(self, lane: Lane, item: Item) -> str:
@@ -301,7 +245,8 @@ def batches(
     stream: TrainStream, *, workers: int, prefetch: int = 2, pin_memory: bool = False, max_lost: float = 0.05
 ) -> Generator[dict[str, Any]]:
     """Endless batches of a rank, {"image": [B, 3, H, W] uint8, "text": [B, context] int32, "key": [B], "place": where
-    the rank is after it, "lost": samples and shards that could not be read meanwhile}.
+    the rank is after it, "lost": samples and shards that could not be read meanwhile, "filtered": {reason: samples left
+    out by a filter} of those that it came to, with each reason that the filters have}.
 
     A key is the shard that a sample is from and its key in there, `train/00007.tar/000123`.
 
@@ -338,6 +283,7 @@ def batches(
             "key": [keys[n] for n in range(stream.batch_size)],
             "place": place,
             "lost": sum(part["faults"].total for part in parts),
+            "filtered": {r: sum(part["faults"].filtered[r] for part in parts) for r in stream.reasons},
         }
 
 

@@ -9,6 +9,9 @@ into the places that come free. The lanes take turns: sample g of a run is from 
 process has a lane changes nothing of this, so a run goes on in the same order with other numbers of either.
 
 Of several sources each has an order of its own, and a lane takes its samples from one or another by their weights.
+
+Samples that a filter leaves out have no place in the order: a lane shuffles and counts those that are left. It does go
+over them, so a place in a shard is one among all its samples.
 """
 
 from __future__ import annotations
@@ -17,13 +20,14 @@ import bisect
 import functools
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from clipq.data.shards import DataError, Sample
+from clipq.data.shards import DataError, LeftOut, Sample
 
 USUAL_LANES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)
 """Numbers of lanes that many numbers of ranks and of processes divide."""
@@ -32,6 +36,8 @@ SPARES = 16
 """Samples at hand, and then further shards, tried in place of a sample that cannot be used."""
 FIRST_BLOCK = 16
 """Samples in a lane's first block. Each block is twice the one before, up to the whole: the first batch comes early."""
+MOST_LEFT_OUT = 1_000_000
+"""Samples in a row that a lane's filter may leave out: of a large data set it takes days to read all."""
 
 
 def usual_lanes(shards: int, ranks: int) -> int:
@@ -56,7 +62,7 @@ class Place(NamedTuple):
     visit: int = 0
     """Number of the visit, counted in this lane."""
     index: int = 0
-    """Index of the block's first sample in its shard."""
+    """Index of the block's first sample in its shard, or of the first of those left out right before it."""
     block: int = 0
     done: int = 0
     """Samples of the block that were given out."""
@@ -71,6 +77,10 @@ class Item(NamedTuple):
     index: int
     sample: Sample | None
     """None where the shard is known to hold one that cannot be read."""
+    begins: tuple[int, int]
+    """Visit and index from which a lane comes to this sample and to those left out right before it."""
+    left_out: tuple[str, ...] = ()
+    """Why each of these was left out."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +129,15 @@ class UsedUpError(Exception):
     """A source has had all its passes."""
 
 
-Read = Callable[[Visit, int], Iterator[tuple[int, Sample | None]]]
+class AllLeftOutError(Exception):
+    """A filter leaves out all samples of a source, or more in a row than are worth reading."""
+
+    def __init__(self, source: int, left_out: Iterable[str]) -> None:
+        super().__init__(source, left_out)
+        self.source, self.left_out = source, Counter(left_out)
+
+
+Read = Callable[[Visit, int], Iterator[tuple[int, Sample | LeftOut | None]]]
 
 
 class Lane:
@@ -153,6 +171,7 @@ class Lane:
         Raises:
             UsedUpError: there are no more.
             DataError: two passes of visits gave none. It would otherwise look like a hang.
+            AllLeftOutError: so would a filter that leaves out all.
         """
         if not self._opened:
             self._open(list(itertools.islice(self._items, self.order.size(self._block))))
@@ -165,7 +184,7 @@ class Lane:
                 raise UsedUpError
             self._block += 1
             self._done = 0
-            self._begins = self._next[0].number, self._next[0].index
+            self._begins = self._next[0].begins
             self._open(self._next)
             self._next = []
         turn = self._turns[self._done]
@@ -188,7 +207,10 @@ class Lane:
 
     def _first_of(self, number: int) -> Item | None:
         visit = self.order.visit(self._lane, number)
-        return next((Item(number, visit, *read) for read in self._read(visit, 0) if read[1] is not None), None)
+        for index, sample in self._read(visit, 0):
+            if sample is not None and not isinstance(sample, LeftOut):
+                return Item(number, visit, index, sample, (number, index))
+        return None
 
     def _open(self, items: list[Item]) -> None:
         self._left = list(items)
@@ -200,13 +222,31 @@ class Lane:
 
     def _all(self, number: int, first: int) -> Iterator[Item]:
         barren = 0
+        left_out: list[str] = []
+        """Since the last item, and where the first of them is."""
+        begins = None
+        empty: set[tuple[int, int]] = set()
+        """Shards, and their parts, that gave no item since then."""
         for n in itertools.count(number):
-            visit, found = self.order.visit(self._lane, n), False
+            visit, found, given = self.order.visit(self._lane, n), False, False
             if self.order.passes is not None and visit.round >= self.order.passes:
                 return
             for index, sample in self._read(visit, first):
                 found = True
-                yield Item(n, visit, index, sample)
+                if isinstance(sample, LeftOut):
+                    left_out.append(sample.reason)
+                    begins = begins or (n, index)
+                    if len(left_out) >= MOST_LEFT_OUT:
+                        raise AllLeftOutError(self.order.source, left_out)
+                    continue
+                yield Item(n, visit, index, sample, begins or (n, index), tuple(left_out))
+                given, left_out, begins = True, [], None
+            if given:
+                empty.clear()
+            elif not first:
+                empty.add((visit.shard, visit.part))
+            if left_out and len(empty) == self.order.visits:
+                raise AllLeftOutError(self.order.source, left_out)
             barren = 0 if found or first else barren + 1
             first = 0
             # twice: the only good visit may come first in one pass and last in the next

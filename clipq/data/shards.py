@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import braceexpand
 from webdataset.tariterators import base_plus_ext
@@ -24,6 +24,12 @@ log = logging.getLogger(__name__)
 
 Sample = dict[str, Any]
 """Member extension -> bytes, and `__key__`."""
+
+
+class LeftOut(NamedTuple):
+    """Stands for a sample that a filter leaves out."""
+
+    reason: str
 
 
 class DataError(ValueError):
@@ -52,6 +58,15 @@ def expand(patterns: str | list[str]) -> list[str]:
         often = "twice" if times == 2 else f"{times} times"
         raise ValueError(f"shard {name} is named {often}: each shard counts once a pass")
     return names
+
+
+def spread(shards: list[str], limit: int | None) -> tuple[list[str], int | None]:
+    """Shards, and samples of each, to look at for no more than `limit` samples in all: of every shard its first, or of
+    evenly spaced shards where these are more than the samples. None for all samples."""
+    if limit is None or not shards:
+        return shards, None
+    shards = shards[:: -(-len(shards) // limit)]
+    return shards, limit // len(shards)
 
 
 def names_digest(sources: dict[str, list[str]]) -> int:
@@ -144,8 +159,9 @@ def read_part(
     count: int | None = None,
     tell: bool = False,
     cache: Cache | None = None,
+    reason: Callable[[Sample], str | None] | None = None,
     on_damage: Callable[[Damage], None] = log_damage,
-) -> Iterator[tuple[int, Sample | None]]:
+) -> Iterator[tuple[int, Sample | LeftOut | None]]:
     """(index in the shard, sample) of a shard's samples that have what is wanted, in the order of the file.
 
     Args:
@@ -155,6 +171,8 @@ def read_part(
         count: samples that the shard ought to hold, if that is known; None comes for each that is missing at its end.
         tell: log how many samples lack something.
         cache: where remote shards are kept.
+        reason: why a filter leaves a sample out, None where it does not; sees every member. With a filter, nothing
+            comes for samples that are missing: it might have left them out.
         on_damage: as of `read_shard`; also where no sample of the shard has what is wanted.
     """
     names = {"__key__", "__url__", *(name for alternatives in wanted for name in alternatives.split(";"))}
@@ -173,7 +191,8 @@ def read_part(
             continue
         found += 1
         if index >= first and index % parts == part:
-            yield index, {name: value for name, value in sample.items() if name in names}
+            why = reason(sample) if reason else None
+            yield index, LeftOut(why) if why else {name: value for name, value in sample.items() if name in names}
     if seen and not found:
         on_damage(Damage(shard, "damaged", _not_wanted(wanted, seen)))
     if left_out and tell:
@@ -182,7 +201,8 @@ def read_part(
     if missing and not any(fault.kind == "damaged" for fault in damage):
         text = f"it holds {index + 1:,} samples, where the manifest in its folder says {count:,}"
         on_damage(Damage(shard, "damaged", text))
-    yield from ((index, None) for index in missing if index >= first and index % parts == part)
+    if reason is None:
+        yield from ((index, None) for index in missing if index >= first and index % parts == part)
 
 
 def _warn_of_left_out(shard: str, left_out: Counter[str], found: int) -> None:

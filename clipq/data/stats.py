@@ -9,14 +9,16 @@ from collections import Counter
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from clipq.data.check import Rules, image_header, sample_faults
+from clipq.data.filters import is_number, json_record
 from clipq.data.parallel import over
 from clipq.data.shards import Damage, Sample, member, read_shard
 
 PICKED = 48
 """Samples on the contact sheet."""
+Number = TypeVar("Number", int, float)
 QUANTILES = (0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1)
 
 
@@ -45,8 +47,12 @@ class Stats:
     """Pixels, as stored."""
     height: Counter[int] = field(default_factory=Counter)
     short_side: Counter[int] = field(default_factory=Counter)
+    aspect: Counter[float] = field(default_factory=Counter)
+    """Long side by short side, to a hundredth."""
     caption: Counter[int] = field(default_factory=Counter)
     """Characters of each caption; a sample may have several."""
+    json: dict[str, Counter[float]] = field(default_factory=dict)
+    """Numeric fields of the `json` member, to three digits."""
     picked: list[Picked] = field(default_factory=list)
 
     def add(self, other: Stats) -> None:
@@ -54,8 +60,10 @@ class Stats:
         self.shards += other.shards
         self.samples += other.samples
         self.bytes += other.bytes
-        for name in ("faults", "formats", "width", "height", "short_side", "caption"):
+        for name in ("faults", "formats", "width", "height", "short_side", "aspect", "caption"):
             getattr(self, name).update(getattr(other, name))
+        for name, numbers in other.json.items():
+            self.json.setdefault(name, Counter()).update(numbers)
         self.picked = sorted(self.picked + other.picked)[:PICKED]
 
     def record(self) -> dict[str, Any]:
@@ -66,32 +74,25 @@ class Stats:
             "bytes": self.bytes,
             "formats": dict(self.formats.most_common()),
             "pixels": {name: quantiles(getattr(self, name)) for name in ("width", "height", "short_side")},
+            "aspect": quantiles(self.aspect),
             "caption_characters": quantiles(self.caption),
+            "json": {name: quantiles(self.json[name]) for name in sorted(self.json)},
             "captions": self.caption.total(),
             "share_of_samples_with_empty_caption": self.faults["bad caption"] / max(1, self.samples),
             "faults": dict(sorted(self.faults.items())),
         }
 
 
-def quantiles(counts: Counter[int]) -> dict[str, int]:
+def quantiles(counts: Counter[Number]) -> dict[str, Number]:
     """Quantile -> the lowest value that at least this share of all values does not exceed; empty without values."""
     total, left = counts.total(), list(QUANTILES)
-    found: dict[str, int] = {}
+    found: dict[str, Number] = {}
     seen = 0
     for value in sorted(counts):
         seen += counts[value]
         while left and seen >= left[0] * total:
             found[f"{left.pop(0):g}"] = value
     return found
-
-
-def spread(shards: list[str], limit: int | None) -> tuple[list[str], int | None]:
-    """Shards, and samples of each, to look at for no more than `limit` samples in all: of every shard its first, or of
-    evenly spaced shards where these are more than the samples. None for all samples."""
-    if limit is None:
-        return shards, None
-    shards = shards[:: -(-len(shards) // limit)]
-    return shards, limit // len(shards)
 
 
 def look(shards: list[str], rules: Rules, *, each: int | None = None, workers: int = 1) -> Generator[Stats]:
@@ -120,6 +121,9 @@ def _count(stats: Stats, sample: Sample, name: str, rules: Rules) -> None:
     stats.faults.update(faults)
     captions = [] if faults & {"no caption", "bad caption"} else rules.captions.all(sample)
     stats.caption.update(map(len, captions))
+    for field_name, number in json_record(sample).items():
+        if is_number(number) and abs(number) < 1e300:  # neither NaN nor an integer beyond any float
+            stats.json.setdefault(field_name, Counter())[float(f"{number:.3g}")] += 1
     data = member(sample, rules.image)
     if data is None or "undecodable" in faults:
         return
@@ -127,7 +131,9 @@ def _count(stats: Stats, sample: Sample, name: str, rules: Rules) -> None:
     stats.formats[kind] += 1
     stats.width[width] += 1
     stats.height[height] += 1
-    stats.short_side[min(width, height)] += 1
+    short, long = sorted((width, height))
+    stats.short_side[short] += 1
+    stats.aspect[round(long / short, 2)] += 1
     if captions:
         _pick(stats, name, data, captions[0])
 

@@ -38,9 +38,9 @@ def flush(run: Run, meter: Meter, *, show: bool) -> bool:
     pending = run.pending.copy()
     run.pending.clear()
     numbers = torch.stack([p.numbers for p in pending])
-    lost = torch.tensor([p.lost for p in pending], device=numbers.device)
+    unused = torch.tensor([[p.lost, *p.filtered.values()] for p in pending], device=numbers.device)
     if run.env.is_distributed:
-        dist.all_reduce(lost)
+        dist.all_reduce(unused)
         for columns, how in (([2], dist.ReduceOp.MAX), ([3, 4], dist.ReduceOp.MIN)):  # loss and norm are the whole's
             part = numbers[:, columns]
             dist.all_reduce(part, how)
@@ -51,9 +51,13 @@ def flush(run: Run, meter: Meter, *, show: bool) -> bool:
             p.row |= run.watch.row(values)
     events: list[Row] = []
     bad: list[Row] = []
-    for p, values, missing in zip(pending, numbers.tolist(), lost.tolist(), strict=True):
-        if missing:
-            p.row["lost"] = missing
+    for p, values, (lost, *counts) in zip(pending, numbers.tolist(), unused.tolist(), strict=True):
+        if lost:
+            p.row["lost"] = lost
+        filtered = {reason: count for reason, count in zip(p.filtered, counts, strict=True) if count}
+        if filtered:
+            p.row["filtered"] = filtered
+        run.filtered.add(filtered, run.batch_size)
         named: dict[str, float] = dict(zip(COLUMNS, values, strict=True))
         p.row |= {name: named[name] for name in ("loss", "logit_scale", "max_logit", "grad_norm")}
         events += [row_of(e) for e in run.state.spikes.update(p.row["step"], named["loss"], p.row.get("rms", {}))]
@@ -66,6 +70,8 @@ def flush(run: Run, meter: Meter, *, show: bool) -> bool:
         last = pending[-1].row
         seconds = run.batch_size / max(last["images_per_second"], 1e-9)
         run.console.progress(last, steps=run.steps, seconds_per_step=seconds)
+        if news := run.filtered.news():
+            log.info("%s", news)
     for event in events + bad:
         log.warning("step %d: %s", event["step"], describe(event))
     require_trained(run)

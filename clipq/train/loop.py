@@ -123,9 +123,8 @@ def train_step(run: Run, batch: dict[str, Any], lr: float) -> Pending:
         logit_scale: Any = state.model.logit_scale
         logit_scale.clamp_(0, math.log(run.max_logit_scale))
     row = {"kind": "train", "step": step, "lr": lr}
-    return Pending(
-        row, torch.cat((numbers, torch.stack((norm, bad.float())))), norms, watched, batch["key"], batch["lost"]
-    )
+    numbers = torch.cat((numbers, torch.stack((norm, bad.float()))))
+    return Pending(row, numbers, norms, watched, batch["key"], batch["lost"], batch["filtered"])
 
 
 def left_out(run: Run, scaler: FixedLossScaler) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clipq.data.filters import told
 from clipq.data.loader import StreamPlace
 from clipq.dist.env import DistEnv
 from clipq.eval.common import Encoder, Evaluator
@@ -53,6 +55,34 @@ class Pending:
     """Samples of this rank's batch."""
     lost: int
     """Samples and shards that could not be read meanwhile, on this rank."""
+    filtered: dict[str, int]
+    """Samples that filters left out meanwhile on this rank, for each reason that there may be."""
+
+
+@dataclass
+class Filtered:
+    """What filters have left out since this process began, on all ranks."""
+
+    since: int
+    """Step at which it began."""
+    reasons: Counter[str] = field(default_factory=Counter)
+    kept: int = 0
+    """Samples that were trained on."""
+    told: int = 0
+    """Of these, when it was last told."""
+
+    def add(self, reasons: dict[str, int], kept: int) -> None:
+        self.reasons.update(reasons)
+        self.kept += kept
+
+    def news(self) -> str | None:
+        """What to tell where the run is twice as far as when it was last told: early, and never often."""
+        count = self.reasons.total()
+        if not count or self.kept < 2 * self.told:
+            return None
+        self.told = self.kept
+        whole = count + self.kept
+        return f"filters left out {count:,} of {whole:,} samples since step {self.since}: {told(self.reasons)}"
 
 
 @dataclass
@@ -90,7 +120,11 @@ class Run:
     eval_every: int = 0
     profile: tuple[int, int] | None = None
     quantization_every: int = 0
+    filtered: Filtered = field(init=False)
     pending: list[Pending] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.filtered = Filtered(self.state.step)
 
     def facts(self) -> dict[str, Any]:
         """What environment.json says of the run besides the machine."""

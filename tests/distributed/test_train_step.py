@@ -51,6 +51,7 @@ def whole_batches() -> list[dict[str, Any]]:
             "text": torch.randint(1, 49408, (12, length), generator=g, dtype=torch.int32),
             "key": [str(n) for n in range(12)],
             "lost": 0,
+            "filtered": {},
         }
         for _ in range(STEPS)
     ]

@@ -92,6 +92,37 @@ MISTAKES = {
     "layer scale on a ResNet": (["model.name=RN50", "model.layer_scale_init=0.0"], ["layer_scale_init", "RN50"]),
     "missing weights": (["model.pretrained=no.pt"], ["no.pt"]),
     "caption field": (["data.caption.field=text"], ["data.caption.field='text'", "json.NAME"]),
+    "fields that do not add up": (
+        ["data.caption.field={txt: 0.5, json.captions: 0.4}"],
+        ["data.caption.field={'txt': 0.5, 'json.captions': 0.4}", "1 as their sum"],
+    ),
+    "fields without a probability": (["data.caption.field=[txt]"], ["data.caption.field=['txt']", "{txt: 0.5, "]),
+    "a field of a wrong name": (["data.caption.field={txt: 0.5, syn: 0.5}"], ["'syn': 0.5", "json.NAME"]),
+    "a field with no chance": (["data.caption.field={txt: 1, json.captions: 0}"], ["a positive probability"]),
+    "evaluation by chance": (
+        [
+            "eval=retrieval",
+            "eval.tasks.retrieval.shards=data/*.tar",
+            "eval.tasks.retrieval.caption.field={txt: 0.5, json.captions: 0.5}",
+        ],
+        ["eval.tasks.retrieval.caption.field=", "expected one field"],
+    ),
+    "one bound": (["data.filter.json.n=0.3"], ["data.filter.json.n=0.3: expected [lowest, highest]", "[0.28,null]"]),
+    "bounds that are no numbers": (["data.filter.json.n=[a,true]"], ["data.filter.json.n=['a', True]", "expected"]),
+    "bounds the wrong way": (["data.filter.json.n=[3,1]"], ["data.filter.json.n=[3, 1]: nothing is in it"]),
+    "less than no characters": (["data.filter.caption_length=[-1,9]"], ["data.filter.caption_length=[-1, 9]"]),
+    "no size": (["data.filter.min_size=0"], ["data.filter.min_size=0: expected 1 or more"]),
+    "no such aspect": (["data.filter.max_aspect=0.5"], ["data.filter.max_aspect=0.5: expected a finite number from 1"]),
+    "unknown filter": (["data.filter={minsize: 3}"], ["data.filter.minsize", "Did you mean data.filter.min_size?"]),
+    "the filter of a source, beside it": (
+        ["data=mix", "data.sources={a: {shards: data/*.tar}}", "data.sources.a.filter.min_size=3"],
+        ["a part of what is not set", "data.sources={a: {shards: a.tar, filter: {min_size: 200}}}"],
+    ),
+    "a filter that leaves out all": (
+        ["data.filter={min_size: 17, json: {n: [20, null]}}"],
+        ["data.shards: the filter leaves out all of 24 samples: json.n 20, min_size 4. Loosen data.filter"],
+    ),
+    "a filter by what is not there": (["data.filter.json.similarity=[0.3,null]"], ["json.similarity.missing 24"]),
     "task without class names": (
         ["eval=zero_shot", "eval.tasks.zero_shot.shards=data/00000.tar"],
         ["eval.tasks.zero_shot.classnames is not set"],

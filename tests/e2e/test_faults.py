@@ -22,7 +22,8 @@ from typing import NamedTuple
 
 import pytest
 
-from clipq.data.loader import Source, batches
+from clipq.data.loader import batches
+from clipq.data.source import Source
 from tests.helpers import colour_samples, write_shard
 from tests.streams import TEXT, mixed, numbers
 

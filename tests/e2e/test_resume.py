@@ -1,5 +1,6 @@
 """A run that is killed again and again is the run that was left alone: with any number of loader processes, on one rank
-and two, and from one number of ranks to the other. Two sources by weight, the smaller in its third pass at the end."""
+and two, and from one number of ranks to the other. Two sources by weight, the smaller with a filter and in its third
+pass at the end; captions are of two fields by chance."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ from tests.helpers import colour_shards, command, free_port, read_metrics, tiny_
 
 pytestmark = pytest.mark.slow
 
+FIELDS = "data.caption.field={txt: 0.5, json.captions: 0.5}"
 STEPS = 24
 KILLS = (3, 9, 15)
 """Steps: in a lane's first shard, about where the first pass of the smaller source ends, and in the second."""
@@ -33,9 +35,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def overrides(world: Path, name: str, workers: int) -> list[str]:
-    sources = f"{{many: {{shards: '{world}/many/*.tar', weight: 3}}, few: {{shards: '{world}/few/*.tar'}}}}"
+    own = "{json: {n: [5, null]}}"
+    sources = (
+        f"{{many: {{shards: '{world}/many/*.tar', weight: 3}}, few: {{shards: '{world}/few/*.tar', filter: {own}}}}}"
+    )
     return [
-        *("data=mix", f"data.sources={sources}", "data.lanes=8", "data.shuffle=16", f"data.workers={workers}"),
+        *("data=mix", f"data.sources={sources}", "data.lanes=8", "data.shuffle=16", FIELDS, f"data.workers={workers}"),
         *(f"model.name={world}/tiny.json", "batch_size=16", f"steps={STEPS}", "schedule.warmup=5", "optim.lr=1e-3"),
         *("backend=fp32", "log.every=1", "checkpoint.every=1", f"name={name}"),
     ]
@@ -90,6 +95,12 @@ def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in rows]
 
 
+def filtered(folder: Path) -> list[dict[str, int]]:
+    found = [row.get("filtered", {}) for row in read_metrics(folder)]
+    assert sum(counts.get("json.n", 0) for counts in found) >= 5
+    return found
+
+
 @pytest.fixture(scope="module", params=[1, 2])
 def whole(request: pytest.FixtureRequest, world: Path) -> tuple[int, Path]:
     """Number of ranks, and the folder of a run without interruption."""
@@ -107,6 +118,7 @@ def test_killed_three_times(workers: int, whole: tuple[int, Path], world: Path) 
         killed_after(step, world, settings, ranks, folder)
     finished(world, settings, ranks)
     assert losses(folder) == losses(expected)
+    assert filtered(folder) == filtered(expected)
     last = f"checkpoints/step_{STEPS:08}/model.safetensors"
     ours, theirs = load_file(folder / last), load_file(expected / last)
     assert ours.keys() == theirs.keys()
@@ -122,3 +134,4 @@ def test_killed_and_gone_on_with_another_number_of_ranks(world: Path) -> None:
     command("train", *overrides(world, "one_rank", workers=0), cwd=world)
     # sums over two ranks are rounded in another order; another sample would change the second digit
     assert losses(folder) == pytest.approx(losses(world / "runs" / "one_rank"), rel=1e-4)
+    assert filtered(folder) == filtered(world / "runs" / "one_rank")

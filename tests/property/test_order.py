@@ -4,6 +4,7 @@ is the same from every place on."""
 from __future__ import annotations
 
 import itertools
+import random
 from collections import Counter
 from collections.abc import Iterator
 
@@ -12,8 +13,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from clipq.data.order import Item, Lane, Order, Place, Visit, usual_lanes
-from clipq.data.shards import DataError, Sample
+from clipq.data.order import AllLeftOutError, Item, Lane, Order, Place, Visit, usual_lanes
+from clipq.data.shards import DataError, LeftOut, Sample
 
 quickly = settings(max_examples=80, deadline=None)
 counts = st.lists(st.integers(0, 9), min_size=1, max_size=7).filter(any)
@@ -102,6 +103,63 @@ def test_a_lane_goes_on_from_its_place(
     again = lane_of(samples, order, lane, Place(*place))
     assert again.place == place
     assert drawn(again, 60) == rest
+
+
+def filtered_lane(samples: list[int], order: Order, lane: int, keep: int, place: Place | None = None) -> Lane:
+    """As `lane_of`, with one sample of `keep` left, by chance; the reason of each other says which it is."""
+
+    def read(visit: Visit, first: int) -> Iterator[tuple[int, Sample | LeftOut]]:
+        for n in range(first, samples[visit.shard]):
+            if n % order.parts == visit.part:
+                kept = random.Random(f"{visit.shard} {n}").randrange(keep) == 0
+                yield n, {} if kept else LeftOut(f"{visit.round} {visit.shard} {n}")
+
+    return Lane(order, lane, place or Place(), read)
+
+
+def with_left_out(lane: Lane, count: int) -> list[tuple[str, ...]]:
+    """The next samples, each after those left out before it."""
+    items = [lane.draw() for _ in range(count)]
+    return [(*item.left_out, f"{item.visit.round} {item.visit.shard} {item.index}") for item in items]
+
+
+@quickly
+@given(counts, lane_counts, seeds, shuffles, st.integers(1, 12), st.integers(0, 60), st.data())
+def test_a_lane_with_a_filter_goes_on_from_its_place(
+    samples: list[int], lanes: int, seed: int, shuffle: int, keep: int, start: int, data: st.DataObject
+) -> None:
+    """What is left out is told with the sample after it, once, wherever the run was stopped."""
+    order, lane = Order(len(samples), lanes, seed, shuffle), data.draw(st.integers(0, lanes - 1))
+    first = filtered_lane(samples, order, lane, keep)
+    try:
+        with_left_out(first, start)
+        place = first.place
+        rest = with_left_out(first, 30)
+        one_by_one = Order(len(samples), lanes, seed, 1)
+        told = list(itertools.chain(*with_left_out(filtered_lane(samples, one_by_one, lane, keep), 20)))
+        unfiltered = drawn(lane_of(samples, one_by_one, lane), len(told))
+    except (DataError, AllLeftOutError):
+        return  # hardly a sample falls to this lane
+    again = filtered_lane(samples, order, lane, keep, Place(*place))
+    assert again.place == place
+    assert with_left_out(again, 30) == rest
+    assert told == [" ".join(map(str, read)) for read in unfiltered]
+
+
+@quickly
+@given(counts, lane_counts, seeds, st.data())
+def test_a_lane_of_which_all_is_left_out_ends(samples: list[int], lanes: int, seed: int, data: st.DataObject) -> None:
+    order, lane = Order(len(samples), lanes, seed, 4), data.draw(st.integers(0, lanes - 1))
+
+    def read(visit: Visit, first: int) -> Iterator[tuple[int, LeftOut]]:
+        for n in range(first, samples[visit.shard]):
+            if n % order.parts == visit.part:
+                yield n, LeftOut("all")
+
+    with pytest.raises((DataError, AllLeftOutError)) as error:
+        Lane(order, lane, Place(), read).draw()
+    if isinstance(error.value, AllLeftOutError):
+        assert error.value.left_out["all"] >= sum(samples), "no shard was passed over"
 
 
 @quickly

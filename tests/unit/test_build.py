@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import platform
 from pathlib import Path
 
@@ -11,14 +12,15 @@ import torch
 
 from clipq.build import build_model, build_optimizer, build_schedule
 from clipq.build_backend import convert, warn_of_slow_bf16
-from clipq.build_data import build_captions, build_stream, find_sources
+from clipq.build_data import build_captions, build_filter, build_stream, find_sources
 from clipq.config.checks import ConfigError
 from clipq.config.choices import Decay, Fp8, Optimizer, Precision, Recipe
-from clipq.config.data import AugmentConfig, CaptionConfig, DataConfig, SourceConfig
+from clipq.config.data import AugmentConfig, CaptionConfig, DataConfig, FilterConfig, SourceConfig
 from clipq.config.groups import BackendConfig, LogConfig, ModelConfig, OptimConfig, ScheduleConfig
 from clipq.config.schema import TrainJob
 from clipq.data.decode import Captions, TrainTransform
-from clipq.data.loader import Source
+from clipq.data.filters import Filter, Range
+from clipq.data.source import Source
 from clipq.dist.env import DistEnv
 from clipq.lowp import LowpLinear
 from clipq.model.clip import create_model
@@ -104,6 +106,15 @@ def test_schedule() -> None:
 def test_captions() -> None:
     assert build_captions(CaptionConfig(field="json.words", lines=False)) == Captions("json.words", False)
     assert build_captions(CaptionConfig(field="txt", lines=True)) == Captions("txt", True)
+    shares = {"txt": 0.25, "json.words": 0.75}
+    assert build_captions(CaptionConfig(field=shares)) == Captions(shares)
+
+
+def test_filter() -> None:
+    config = FilterConfig(min_size=3, max_aspect=4.5, caption_length=[None, 7], json={"a": [0.1, None], "b": [1, 2]})
+    ranges = {"a": Range(0.1, math.inf), "b": Range(1, 2)}
+    assert build_filter(config) == Filter(3, 4.5, Range(-math.inf, 7), ranges)
+    assert build_filter(FilterConfig()) == Filter()
 
 
 def test_stream(shards: list[str], arch: Path) -> None:
@@ -122,11 +133,12 @@ def test_stream(shards: list[str], arch: Path) -> None:
         image="png;gif",
         caption=CaptionConfig(field="json.captions"),
         augment=augment,
+        filter=FilterConfig(min_size=5),
         shuffle=17,
     )
     stream = build_stream(config, find_sources(config), 6, clip, SECOND_OF_THREE, batch_size=12, seed=5)
     assert stream.sources == [
-        Source(shards[1:], Captions("json.captions"), "png;gif", counts=[None] * (len(shards) - 1))
+        Source(shards[1:], Captions("json.captions"), "png;gif", counts=[None] * (len(shards) - 1), filter=Filter(5))
     ]
     assert stream.transform == TrainTransform(
         size=(24, 24),
@@ -164,14 +176,20 @@ def test_sources(shards: list[str]) -> None:
         name="x",
         shards=None,
         image="png",
+        filter=FilterConfig(min_size=5),
         sources={
-            "a": SourceConfig(shards=shards[:2], weight=3.0, passes=2),
+            "a": SourceConfig(shards=shards[:2], weight=3.0, passes=2, filter=FilterConfig(max_aspect=2.0)),
             "b": SourceConfig(shards=shards[2], image="gif", caption=CaptionConfig(field="json.captions")),
         },
     )
     assert find_sources(config) == [
-        Source(shards[:2], Captions("txt"), "png", 3.0, 2, [None] * 2, "data.sources.a"),
-        Source(shards[2:3], Captions("json.captions"), "gif", counts=[None], setting="data.sources.b"),
+        Source(shards[:2], Captions("txt"), "png", 3.0, 2, [None] * 2, "data.sources.a", Filter(max_aspect=2.0)),
+        Source(
+            *(shards[2:3], Captions("json.captions"), "gif"),
+            counts=[None],
+            setting="data.sources.b",
+            filter=Filter(min_size=5),
+        ),
     ]
     for wrong in ({"shards": shards}, {"sources": {}}):
         with pytest.raises(ConfigError, match="exactly one of them"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -41,7 +42,9 @@ def test_stats_say_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture) 
         for n in range(shard * 20, shard * 20 + 20):
             width, height = sizes[n]
             image = encode(Image.new("RGB", (int(width), int(height)), "red"), ("PNG", "JPEG")[n % 2])
-            members += [(f"{n}.jpg", image), (f"{n}.txt", b"x" * n)]  # the first caption is empty
+            record = json.dumps({"similarity": n / 100, "n": 10**n, "key": str(n), "none": None, "nan": math.nan})
+            # the first caption is empty
+            members += [(f"{n}.jpg", image), (f"{n}.txt", b"x" * n), (f"{n}.json", record.encode())]
         write_tar(tmp_path / f"{shard}.tar", [*members, (f"{shard}x.txt", b"no image")])
     outputs = []
     for workers in (1, 2):
@@ -60,6 +63,12 @@ def test_stats_say_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture) 
     for name, values in {**columns, "caption": lengths}.items():
         got = stats["caption_characters"] if name == "caption" else stats["pixels"][name]
         assert list(got.values()) == np.quantile(values, QUANTILES, method="inverted_cdf").tolist()
+    aspects = (sizes.max(1) / sizes.min(1)).round(2)
+    assert list(stats["aspect"].values()) == np.quantile(aspects, QUANTILES, method="inverted_cdf").tolist()
+    assert stats["json"].keys() == {"similarity", "n"}, "numbers alone"
+    assert list(stats["json"]["similarity"].values()) == [0.0, 0.0, 0.02, 0.14, 0.29, 0.44, 0.56, 0.59, 0.59]
+    shown = capsys.readouterr().out
+    assert "json.similarity           0        0     0.02     0.14     0.29" in shown
     sheet = Image.open(tmp_path / "stats1" / "contact_sheet.png")
     assert np.asarray(sheet).std() > 10
 

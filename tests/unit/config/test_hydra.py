@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from clipq.config.data import SourceConfig
+from clipq.config.data import FilterConfig, SourceConfig
 from clipq.config.groups import OptimConfig
 from clipq.config.hydra import _quote_braces, field_docs, run
 from clipq.config.schema import TrainJob
@@ -57,6 +57,25 @@ def test_entries_are_added_without_plus_signs(monkeypatch: pytest.MonkeyPatch) -
         "b": SourceConfig(shards=["x.tar", "y.tar"]),
     }
     assert list(job.eval.tasks) == ["c"]
+
+
+def test_filters_and_fields_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names with dots, and entries of what is empty, neither of which Hydra takes as it is."""
+    own = "{min_size: 20, json: {b: [null, 1]}}"
+    overrides = [
+        *("data.filter.json.similarity=[0.28,null]", "data.filter.json={p.q: [0, 1]}", "data.filter.min_size=200"),
+        *("data.filter={max_aspect: 3, caption_length: [5, null]}", "data.caption.field={txt: 0.25, json.syn-1: 0.75}"),
+        *("data=mix", f"data.sources={{a: {{shards: x.tar, filter: {own}, caption: {{field: {{json.c: 1}}}}}}}}"),
+        "data.sources.a.filter.json.c=[2,3]",
+    ]
+    monkeypatch.setattr(sys, "argv", ["clipq-train", *overrides])
+    seen = []
+    run(TrainJob, "train", lambda job, yaml: seen.append(job))
+    data = seen[0].data
+    assert data.filter == FilterConfig(200, 3.0, [5, None], {"similarity": [0.28, None], "p.q": [0, 1]})
+    assert data.caption.field == {"txt": 0.25, "json.syn-1": 0.75}
+    assert data.sources["a"].filter == FilterConfig(20, json={"b": [None, 1], "c": [2, 3]})
+    assert data.sources["a"].caption.field == {"json.c": 1}
 
 
 def test_field_docs_are_the_strings_beneath() -> None:

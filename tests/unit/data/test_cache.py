@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 
 from clipq.data.cache import HEAD, PART, Cache
-from clipq.data.loader import Source, batches
+from clipq.data.loader import batches
 from clipq.data.remote import unsigned
 from clipq.data.shards import Damage, read_shard
+from clipq.data.source import Source
 from tests.helpers import colour_samples, write_shard
 from tests.remote_server import Handler, http_server, impatient, s3_server
 from tests.streams import TEXT, mixed, numbers, same, taken

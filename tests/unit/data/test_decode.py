@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import random
 import struct
 import time
@@ -16,7 +15,7 @@ import simplejpeg
 from PIL import ExifTags, Image, ImageOps
 
 from clipq.data import decode
-from clipq.data.decode import MAX_PIXELS, Captions, decode_pil, decode_rgb
+from clipq.data.decode import MAX_PIXELS, decode_pil, decode_rgb
 from clipq.data.shards import read_shard
 from tests.helpers import encode, real_data
 
@@ -302,42 +301,6 @@ def test_photographs_decode_as_with_pillow(folder: str) -> None:
         rgb = decode_rgb(sample["jpg"])
         assert difference(rgb, expected) <= 3
         assert difference(decode_pil(sample["jpg"]), expected) == 0
-
-
-def caption_of(source: str, lines: bool = False, **members: bytes) -> list[str]:
-    return Captions(source, lines).all({"__key__": "k7", **members})
-
-
-def test_captions() -> None:
-    record = json.dumps({"one": " a dog ", "several": ["a", " ", "b\n"], "none": None, "numbers": [1], "empty": []})
-    assert caption_of("txt", txt=b" a red\ncircle \n") == ["a red\ncircle"]
-    assert caption_of("txt", True, txt="a\r\n\n b \nç\n".encode()) == ["a", "b", "ç"]
-    assert caption_of("json.one", json=record.encode()) == ["a dog"]
-    assert caption_of("json.several", json=record.encode()) == ["a", "b"]
-    assert caption_of("json.one", True, json=b'{"one": "a\\nb"}') == ["a", "b"]
-    for source, members, says in [
-        ("txt", {}, "sample k7 has no txt member"),
-        ("txt", {"txt": b" \n"}, "sample k7 has no text in txt"),
-        ("txt", {"txt": b"caf\xe9"}, "sample k7: its caption is not UTF-8"),
-        ("json.one", {"txt": b"x"}, "k7 has no json member"),
-        ("json.caption", {"json": record.encode()}, "'caption' is not text; the record has: one, several, none"),
-        ("json.none", {"json": record.encode()}, "'none' is not text"),
-        ("json.numbers", {"json": record.encode()}, "'numbers' is not text"),
-        ("json.empty", {"json": record.encode()}, "no text in json.empty"),
-        ("json.one", {"json": b"[1, 2]"}, "the record has: list"),
-        ("json.one", {"json": b"{'one'"}, "k7: its json member cannot be read"),
-        ("json.one", {"json": b"\xff\xfe"}, "cannot be read"),
-        ("json.one", {"json": b"[" * 100_000}, "cannot be read"),
-    ]:
-        with pytest.raises(ValueError, match=says):
-            caption_of(source, **members)
-
-
-def test_one_caption_is_drawn_evenly() -> None:
-    captions, rng = Captions("json.c"), random.Random(0)
-    sample = {"__key__": "k", "json": json.dumps({"c": ["a", "b", "c"]}).encode()}
-    drawn = [captions.one(sample, rng) for _ in range(600)]
-    assert all(150 < drawn.count(c) < 250 for c in "abc")
 
 
 def test_references_of_this_file() -> None:

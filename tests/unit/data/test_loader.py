@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from clipq.data.decode import Captions, TrainTransform
-from clipq.data.loader import Source, StreamPlace, batches, default_workers
+from clipq.data.loader import StreamPlace, batches, default_workers
+from clipq.data.source import Source
 from tests.helpers import colour_shards, encode, picture, write_shard
 from tests.streams import TEXT, mixed, numbers, same, stream, taken
 
@@ -266,6 +267,25 @@ def test_one_of_several_captions(tmp_path: Path) -> None:
     drawn = [tuple(batch["text"][:, 1].tolist()) for batch in taken(s, 6)]
     assert {ord("a"), ord("b")} == set(itertools.chain(*drawn))
     assert len(set(drawn)) == 6
+
+
+def test_fields_with_probabilities(tmp_path: Path) -> None:
+    """Which field a sample's caption is from is its own, in each pass anew: a resumed run draws the same."""
+    samples = [
+        {"png": encode(picture("red", n)), "txt": f"t {n}"} | ({"json": json.dumps({"c": f"c {n}"})} if n % 4 else {})
+        for n in range(40)
+    ]
+    shards = [str(write_shard(tmp_path / f"{n}.tar", samples[n * 10 : n * 10 + 10])) for n in range(4)]
+    s = stream(shards, captions=Captions({"json.c": 0.75, "txt": 0.25}), batch_size=20, lanes=2)
+    whole = taken(s, 40, 2)
+    drawn = [(n, chr(c)) for b in whole for n, c in b["text"][:, :2].tolist()]
+    assert {kind for n, kind in drawn if n % 4 == 0} == {"t"}, "it has no other"
+    of_both = Counter(kind for n, kind in drawn if n % 4)
+    assert of_both["c"] / of_both.total() == pytest.approx(0.75, abs=0.06)
+    assert all({kind for m, kind in drawn if m == n} == {"c", "t"} for n in range(40) if n % 4), "anew in each pass"
+    assert sum(b["lost"] for b in whole) == 0
+    for start in (1, 7, 20):
+        assert same(taken(s.starting_at(whole[start - 1]["place"]), 40 - start), whole[start:])
 
 
 def test_default_workers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,9 @@ from clipq.build_data import train_batches
 from clipq.config.data import DataConfig
 from clipq.data.decode import TrainTransform
 from clipq.data.faults import Faults
-from clipq.data.loader import Source, batches
+from clipq.data.loader import batches
 from clipq.data.shards import DataError
+from clipq.data.source import Source
 from clipq.dist.env import DistEnv
 from tests.helpers import COLOURS, colour_samples, encode, picture, write_shard
 from tests.streams import TEXT, mixed, numbers, same, stream, taken

@@ -22,9 +22,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from clipq.build_data import find_sources
-from clipq.config.data import CaptionConfig, DataConfig, SourceConfig, TableConfig
-from clipq.data.loader import Source, StreamPlace, batches
+from clipq.config.data import CaptionConfig, DataConfig, FilterConfig, SourceConfig, TableConfig
+from clipq.data.loader import StreamPlace, batches
 from clipq.data.shards import DataError, names_digest
+from clipq.data.source import Source
 from clipq.data.table import Columns, Row, Table, TableShards
 from tests.helpers import COLOURS, encode, picture
 from tests.streams import TEXT, mixed, numbers, same, taken
@@ -194,6 +195,27 @@ def test_a_pass_has_every_row_once(table: Path, tmp_path: Path) -> None:
         Table(write_parquet(tmp_path / "t.parquet", [(f"in/{n}.png", f"x {n}") for n in range(200)]), NAMES)
     )
     assert [s["path"] for n in range(67) for _, s in other.read(n)] == [str(tmp_path / f"in/{n}.png") for n in rows]
+
+
+def test_captions_of_other_lengths_are_left_out(table: Path) -> None:
+    config = DataConfig(name="t", shards=str(table), filter=FilterConfig(caption_length=[None, 6]))
+    (source,) = find_sources(config)
+    source.check()
+    rows = [row.caption for row in (Table(table, NAMES)[n] for n in range(len(Table(table, NAMES))))]
+    kept = sorted(int(caption.split()[1]) for caption in rows if len(caption) <= 6)
+    assert 0 < len(kept) < len(rows)
+    for workers in (0, 1):
+        found = taken(mixed([source], lanes=1, batch_size=1), len(kept), workers)
+        assert sorted(numbers(found)) == kept
+    (strict,) = find_sources(DataConfig(name="t", shards=str(table), filter=FilterConfig(caption_length=[90, None])))
+    with pytest.raises(DataError, match=rf"leaves out all of {len(rows)} samples: caption_length {len(rows)}"):
+        strict.check()
+
+
+@pytest.mark.parametrize("filter", [FilterConfig(min_size=9), FilterConfig(json={"similarity": [0.3, None]})])
+def test_what_cannot_be_filtered_in_a_table(filter: FilterConfig, table: Path) -> None:
+    with pytest.raises(ValueError, match=r"data\.shards: .*t\.csv is a table, of which only captions are filtered"):
+        find_sources(DataConfig(name="t", shards=str(table), filter=filter))
 
 
 def test_classes_are_mixed_from_the_first_batch_on(table: Path) -> None:

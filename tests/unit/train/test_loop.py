@@ -58,6 +58,28 @@ def test_metrics_of_every_step(arch: Path, shards: list[str]) -> None:
     assert all(row["logit_scale"] <= 14.0 + 1e-4 for row in rows[1:])
 
 
+def test_what_filters_leave_out_is_told(arch: Path, shards: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    """Of the samples 0 to 72 half are left; the summary comes at the first line, and where the run is twice as far."""
+    caplog.set_level("INFO", "clipq")
+    train(run_of(arch, shards, "++data.filter.json.n=[0,36]", "data.shuffle=1", "steps=14", "log.every=1"))
+    rows = read_metrics(Path("run"))
+    counts = [row.get("filtered", {}).get("json.n", 0) for row in rows]
+    assert sum(counts) == pytest.approx(14 * 8 * 36 / 37, abs=40)
+    assert all("filtered" not in row or row["filtered"]["json.n"] > 0 for row in rows)
+    told = [r.getMessage() for r in caplog.records if "filters left out" in r.getMessage()]
+    steps = (1, 2, 4, 8)
+    expected = []
+    for step in steps:
+        out = sum(counts[:step])
+        if out:
+            whole = out + 8 * step
+            expected.append(f"filters left out {out:,} of {whole:,} samples since step 0: json.n {out:,}")
+    assert told == expected
+    assert len(told) >= 3
+    assert scalars(rows[-1] | {"filtered": {"json.n": 3}})["filtered/json.n"] == 3
+    assert "filtered" not in read_metrics(Path("run"))[0] or counts[0]
+
+
 def test_clipping_bounds_the_update(arch: Path, shards: list[str]) -> None:
     run = run_of(arch, shards)
     norms = []
