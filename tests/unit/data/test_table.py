@@ -205,7 +205,7 @@ def test_captions_of_other_lengths_are_left_out(table: Path) -> None:
     kept = sorted(int(caption.split()[1]) for caption in rows if len(caption) <= 6)
     assert 0 < len(kept) < len(rows)
     for workers in (0, 1):
-        found = taken(mixed([source], lanes=1, batch_size=1), len(kept), workers)
+        found = taken(mixed([source], lanes=1, batch_size=1, shuffle=1), len(kept), workers)
         assert sorted(numbers(found)) == kept
     (strict,) = find_sources(DataConfig(name="t", shards=str(table), filter=FilterConfig(caption_length=[90, None])))
     with pytest.raises(DataError, match=rf"leaves out all of {len(rows)} samples: caption_length {len(rows)}"):
