@@ -11,6 +11,8 @@ import pytest
 import timm
 import torch
 
+from clipq.optim import FixedLossScaler
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -30,7 +32,7 @@ def test_the_pages_say_what_was_recorded() -> None:
 
 def test_the_optimizer_in_another_training_script() -> None:
     """The example of docs/stability.md."""
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "stability.md").read_text(), re.S)
+    code, loop = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "stability.md").read_text(), re.S)
     model = torch.nn.Linear(3, 1)
     names = {"model": model}
     exec(code, names)
@@ -39,6 +41,11 @@ def test_the_optimizer_in_another_training_script() -> None:
     optimizer.step()
     assert not torch.equal(model.weight, before)
     assert optimizer.rms[model.weight].item() == pytest.approx(1, rel=1e-3)
+    optimizer.zero_grad()
+    names |= {"loss": model(torch.randn(8, 3)).square().mean(), "scaler": FixedLossScaler(model.named_parameters())}
+    before = model.weight.detach().clone()
+    exec(loop, names)
+    assert 0 < (model.weight - before).abs().max() < 0.1
 
 
 def test_the_two_lines_for_other_training_scripts_work() -> None:

@@ -96,6 +96,11 @@ class TrainJob:
             bool(self.name) and "/" not in self.name and self.name not in (".", ".."),
             f"name={self.name!r}: expected a folder name without '/'; runs= sets the folder that it lies in",
         )
+        require(
+            self.guard.rise is None or self.watch.ignore < self.steps,
+            f"guard.rise={self.guard.rise} would never hold: steps={self.steps} are within watch.ignore="
+            f"{self.watch.ignore}: lower watch.ignore, or leave guard.rise at null",
+        )
 
 
 @dataclass

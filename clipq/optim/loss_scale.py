@@ -21,8 +21,8 @@ class FixedLossScaler:
     In large CLIP models the first to overflow are few, the patch embedding above all. Source: Wortsman et al.,
     https://arxiv.org/abs/2304.13013, who advise a fixed scale of 65536.
 
-    It has the methods of `torch.amp.GradScaler` that a training loop calls, for one optimizer. Each step waits for the
-    device once, to learn which gradients are finite. Under FSDP2 all ranks decide alike.
+    It has the methods of `torch.amp.GradScaler` that a training loop calls. Each step waits for the device once, to
+    learn which gradients are finite. Under FSDP2 all ranks decide alike.
 
     Args:
         named_parameters: as of `model.named_parameters()`: what the counts are kept by.
@@ -37,10 +37,15 @@ class FixedLossScaler:
     def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], scale: float = 65536.0) -> None:
         if not 0 < scale < math.inf:
             raise ValueError(f"FixedLossScaler: scale={scale}: expected a positive, finite number")
-        self._names = {p: name for name, p in named_parameters}
+        named = list(named_parameters)
+        if any(isinstance(entry, Tensor) for entry in named):
+            raise TypeError("FixedLossScaler: expected names and parameters, as of model.named_parameters()")
+        self._names = {p: name for name, p in named}
         self._scale = scale
-        self._unscaled = False
-        self._removed: dict[nn.Parameter, Tensor] = {}
+        self._removed: dict[int, dict[nn.Parameter, Tensor]] = {}
+        """Gradients put aside, for each optimizer that was unscaled since the last `update`."""
+        self._stepped: set[int] = set()
+        self._before: dict[str, int] = {}
         self.skipped: Counter[str] = Counter()
         self.left_out: list[str] = []
         self.in_a_row: dict[str, int] = {}
@@ -51,46 +56,68 @@ class FixedLossScaler:
     def get_scale(self) -> float:
         return self._scale
 
+    def is_enabled(self) -> bool:
+        return True
+
     @torch.no_grad()
     def unscale_(self, optimizer: Optimizer) -> None:
         """Divides the optimizer's gradients by the scale, and puts those aside that are not finite, until after `step`.
 
         Raises:
             RuntimeError: called twice in a step.
+            ValueError: gradients in float16, which unscaled ones do not fit into.
         """
-        if self._unscaled:
-            raise RuntimeError("unscale_() was called already since the last update()")
-        self._unscaled = True
+        if id(optimizer) in self._removed:
+            raise RuntimeError("unscale_() was called already on this optimizer since the last update()")
         params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if any(p.grad is not None and p.grad.dtype is torch.float16 for p in params):
+            raise ValueError(
+                "gradients in float16 cannot be unscaled: keep float32 weights, and compute under autocast"
+            )
         finite = _finite(params)
-        for p in (p for p, good in zip(params, finite, strict=True) if not good):
-            self._removed[p] = p.grad
+        removed = {p: p.grad for p, good in zip(params, finite, strict=True) if not good and p.grad is not None}
+        for p in removed:
             p.grad = None
-        self.left_out = [self._names.get(p, "a parameter without a name") for p in self._removed]
-        self.skipped.update(self.left_out)
-        self.in_a_row = {name: self.in_a_row.get(name, 0) + 1 for name in self.left_out}
+        if not self._removed:  # the first since the last update
+            self.left_out = []
+        self._removed[id(optimizer)] = removed
+        names = [self._names.get(p, "a parameter without a name") for p in removed]
+        self.left_out = self.left_out + names
+        self.skipped.update(names)
+        self.in_a_row = {name: self._before.get(name, 0) + 1 for name in self.left_out}
         kept = [local(p.grad) for p in params if p.grad is not None]
         if kept:
             torch._foreach_mul_(kept, 1 / self._scale)  # pyright: ignore[reportPrivateImportUsage]
 
     def step(self, optimizer: Optimizer) -> Any:
-        """The optimizer's step without the parameters whose gradients are not finite."""
-        if not self._unscaled:
+        """The optimizer's step without the parameters whose gradients are not finite.
+
+        Raises:
+            RuntimeError: called twice without `update`.
+        """
+        if id(optimizer) in self._stepped:
+            raise RuntimeError("step() was called already on this optimizer since the last update()")
+        if id(optimizer) not in self._removed:
             self.unscale_(optimizer)
+        self._stepped.add(id(optimizer))
         result = optimizer.step()
-        self._put_back()
+        self._put_back(self._removed[id(optimizer)])
         return result
 
     def update(self) -> None:
         """Ends a step."""
-        self._put_back()
-        self._unscaled = False
-
-    def _put_back(self) -> None:
-        """Gradients that were put aside come back, as they were: a recorded backward writes into them."""
-        for p, grad in self._removed.items():
-            p.grad = grad
+        for removed in self._removed.values():
+            self._put_back(removed)
         self._removed.clear()
+        self._stepped.clear()
+        self._before = self.in_a_row
+
+    @staticmethod
+    def _put_back(removed: dict[nn.Parameter, Tensor]) -> None:
+        """Gradients that were put aside come back, as they were: a recorded backward writes into them."""
+        for p, grad in removed.items():
+            p.grad = grad
+        removed.clear()
 
     def state_dict(self) -> dict[str, Any]:
         return {"skipped": dict(self.skipped)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -81,3 +81,23 @@ def reducer(params: list[Tensor]) -> Callable[[Tensor], Tensor] | None:
         return sums
 
     return reduce
+
+
+def norms(params: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> Tensor:
+    """2-norm of each tensor, [params] float32, over all its shards; 0 where there is none.
+
+    Args:
+        params: to which the tensors belong, and as which they are sharded; the same on every rank.
+        tensors: what this process holds of each.
+    """
+    have = [(i, t) for i, t in enumerate(tensors) if t is not None]
+    if not have:
+        return torch.zeros(len(params), device=local(params[0]).device)
+    found = torch._foreach_norm([t for _, t in have])  # pyright: ignore[reportPrivateImportUsage]
+    if len(have) < len(params):
+        zero = found[0].new_zeros(())
+        known = dict(zip((i for i, _ in have), found, strict=True))
+        found = [known.get(i, zero) for i in range(len(params))]
+    own, reduce = torch.stack([n.float() for n in found]), reducer([*params])
+    # squares of float32 overflow from 2e19 on
+    return own if reduce is None else reduce(own.double().square()).sqrt().float()

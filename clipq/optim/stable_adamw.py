@@ -26,7 +26,11 @@ class StableAdamW(Optimizer):
     low-precision training for large-scale vision-language models", https://arxiv.org/abs/2304.13013, algorithm 2; the
     clipping is AdaFactor's (Shazeer and Stern, https://arxiv.org/abs/1804.04235).
 
-    The state has the names and values of `torch.optim.AdamW`'s, so each loads the other's, and is float32 for bf16 and
+    Its defaults are not torch's: eps 1e-6, β2 0.99 and no weight decay. `amsgrad`, `maximize` and `differentiable` are
+    not there.
+
+    The state has the names and values of `torch.optim.AdamW`'s, so each loads the other's (torch then takes `foreach`,
+    `fused` and `capturable` for not given: set them in its groups again), and is float32 for bf16 and
     fp16 parameters too. Under FSDP2 (DTensor parameters) the mean runs over the whole tensor, with one all-reduce for
     all tensors.
 
@@ -36,7 +40,7 @@ class StableAdamW(Optimizer):
         betas: decays of the first and second moment. The paper finds β2 below 0.999 better for large models.
         eps: ε, added to the root of the second moment, and the least that the root of it counts for in RMS_t.
         weight_decay: decoupled, scaled by the clipped rate.
-        clip_threshold: RMS_t above which a step is clipped; `math.inf` gives AdamW.
+        clip_threshold: RMS_t above which a step is clipped; `math.inf` gives AdamW of the same settings.
         beta2_power: λ of the schedule β2 = 1 - t^(-λ) in place of a constant β2; None for none.
         foreach: torch's operators over lists of tensors.
         fused: two Triton kernels for all tensors; needs CUDA. If neither is given: `fused` where every parameter can
@@ -96,9 +100,13 @@ class StableAdamW(Optimizer):
         if not hasattr(self, "_path"):
             return
         group = self.param_groups[-1]  # added later
-        _check(group)
-        if self._path == "fused":
-            _require_fusable(group["params"])
+        try:
+            _check(group)
+            if self._path == "fused":
+                _require_fusable(group["params"])
+        except ValueError:
+            del self.param_groups[-1]
+            raise
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {  # pyright: ignore[reportAttributeAccessIssue]
@@ -117,12 +125,21 @@ class StableAdamW(Optimizer):
         """Takes the state of this optimizer or of `torch.optim.AdamW`; settings that it lacks keep their defaults.
 
         Raises:
-            ValueError: it is of an AdamW with `amsgrad` or `maximize`, or does not fit the parameters.
+            ValueError: it is of another optimizer, of an AdamW with `amsgrad` or `maximize`, or does not fit the
+                parameters.
         """
         for group in state_dict["param_groups"]:
             for name in ("amsgrad", "maximize"):
                 if group.get(name):
                     raise ValueError(f"StableAdamW: the state is of an optimizer with {name}=True, which it lacks")
+            if group.get("weight_decay") and group.get("decoupled_weight_decay") is False:
+                raise ValueError("StableAdamW: the state is of torch.optim.Adam, whose weight decay is not decoupled")
+        for state in state_dict["state"].values():
+            missing = {"step", "exp_avg", "exp_avg_sq"} - state.keys()
+            if missing:
+                raise ValueError(
+                    f"StableAdamW: the state is of another optimizer: it has no {', '.join(sorted(missing))}"
+                )
         hooked: dict[str, Any] = {}
         # the last of the hooks sees what the others made of it
         handle = self.register_load_state_dict_pre_hook(lambda _, state: hooked.update(state))
@@ -269,8 +286,9 @@ def _require_fusable(params: list[Tensor]) -> None:
     bad = next((p for p in params if not _fusable(p)), None)
     if bad is not None:
         raise ValueError(
-            "StableAdamW: fused=True needs dense float32, bfloat16 or float16 parameters on CUDA, and one is "
-            f"{bad.dtype} on {bad.device} with strides {bad.stride()}: leave fused out"
+            "StableAdamW: the fused path needs dense float32, bfloat16 or float16 parameters on CUDA, and one is "
+            f"{bad.dtype} on {bad.device} with strides {bad.stride()}: keep it in an optimizer of its own, or give the "
+            "one for all foreach=True"
         )
 
 
@@ -280,7 +298,8 @@ def _check(group: dict[str, Any]) -> None:
         raise ValueError("StableAdamW: a parameter is complex, which is not supported: use torch.optim.AdamW for it")
     lr, (beta1, beta2) = group["lr"], group["betas"]
     expected = {
-        "lr": (isinstance(lr, Tensor) or 0 <= lr < math.inf, "a finite rate, 0 or more"),
+        # one on a GPU is not waited for
+        "lr": ((isinstance(lr, Tensor) and lr.device.type != "cpu") or 0 <= lr < math.inf, "a finite rate, 0 or more"),
         "betas": (0 <= beta1 < 1 and 0 <= beta2 < 1, "two decays in [0, 1)"),
         "eps": (0 < group["eps"] < math.inf, "a positive, finite number"),
         "weight_decay": (0 <= group["weight_decay"] < math.inf, "a finite number, 0 or more"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from pathlib import Path
@@ -51,6 +52,7 @@ def flush(run: Run, meter: Meter, *, show: bool) -> bool:
             p.row |= run.watch.row(values)
     events: list[Row] = []
     bad: list[Row] = []
+    run.refused = False
     for p, values, (lost, *counts) in zip(pending, numbers.tolist(), unused.tolist(), strict=True):
         if lost:
             p.row["lost"] = lost
@@ -61,7 +63,8 @@ def flush(run: Run, meter: Meter, *, show: bool) -> bool:
         named: dict[str, float] = dict(zip(COLUMNS, values, strict=True))
         p.row |= {name: named[name] for name in ("loss", "logit_scale", "max_logit", "grad_norm")}
         events += [row_of(e) for e in run.state.spikes.update(p.row["step"], named["loss"], p.row.get("rms", {}))]
-        if named["bad"]:
+        run.refused = bool(named["bad"])
+        if run.refused:
             bad.append(bad_step(run, p, named))
     if show:
         pending[-1].row |= meter.interval()
@@ -116,11 +119,11 @@ def bad_step(run: Run, pending: Pending, numbers: dict[str, float]) -> Row:
     reason, first = run.guard.reason(numbers["loss"], pending.norms)
     forward = {name: value for name, value in pending.row.get("features", {}).items() if not math.isfinite(value)}
     forward |= {f"{tower}_features": 0 for tower in ("image", "text") if not numbers[f"{tower}_finite"]}
-    path = run.folder / "bad_batches" / f"step_{step:08d}.txt"
+    if not math.isfinite(numbers["logit_scale"]):
+        forward = {"logit_scale": 0} | forward
     keys = gather_objects(pending.keys)
-    if run.env.is_main:
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("".join(f"{key}\n" for part in keys for key in part), "utf-8", "backslashreplace")
+    text = "".join(f"{key}\n" for part in keys for key in part)
+    path = gather_objects(_written(run.folder / "bad_batches", step, text) if run.env.is_main else None)[0]
     return {
         "kind": "event",
         "step": step,
@@ -131,6 +134,18 @@ def bad_step(run: Run, pending: Pending, numbers: dict[str, float]) -> Row:
     }
 
 
+def _written(folder: Path, step: int, text: str) -> Path:
+    """A file of these names: after a rewind another batch may have gone bad at the same step."""
+    folder.mkdir(exist_ok=True)
+    data = text.encode("utf-8", "backslashreplace")
+    for number in itertools.count(1):
+        path = folder / (f"step_{step:08d}.txt" if number == 1 else f"step_{step:08d}_{number}.txt")
+        if not path.exists() or path.read_bytes() == data:
+            break
+    path.write_bytes(data)
+    return path
+
+
 def step_in(run: Run, bad: list[Row]) -> bool:
     """What the guard's policy does about bad steps, given their events: whether the run goes back.
 
@@ -139,13 +154,16 @@ def step_in(run: Run, bad: list[Row]) -> bool:
     """
     guard, event = run.guard, bad[0]
     guard.stepped_in += 1 if guard.policy is GuardPolicy.rewind else len(bad)
-    what = f"{event['reason']} at step {event['step']} (its samples: {run.folder / event['keys']})"
+    first = f", first in {event['tensor']}," if event["tensor"] else ""
+    what = f"{event['reason']}{first} at step {event['step']} (its samples: {run.folder / event['keys']})"
     if guard.policy is GuardPolicy.stop:
         raise diverged(run, what)
     if guard.stepped_in >= guard.limit:
-        raise diverged(run, f"{what}, and that is as often as guard.limit={guard.limit} allows")
+        what = f"{what}, and that is as often as guard.limit={guard.limit} allows"
+        raise diverged(run, what, mend="or raise guard.limit")
     if guard.policy is GuardPolicy.rewind and newest(run) is None:
-        raise diverged(run, f"{what}, with guard.policy=rewind")
+        what = f"{what}, and guard.policy=rewind has nothing to go back to"
+        raise diverged(run, what, mend="lower checkpoint.every, or choose guard.policy=skip")
     return guard.policy is GuardPolicy.rewind
 
 
@@ -162,6 +180,7 @@ def rewind(run: Run) -> None:
     with raised_on_every_rank(ValueError):
         load(path, state, run.env)
     state.place = place
+    run.guard.learn(state.spikes.mean)
     write(run, [{"kind": "event", "step": step, "event": "rewind", "to": state.step}])
     log.warning("went back from step %d to %s; the batches since are left out", step, path)
 

@@ -11,20 +11,19 @@ from torch.optim import Optimizer
 
 from clipq.config.choices import GuardPolicy
 from clipq.optim.loss_scale import FixedLossScaler
-from clipq.optim.shards import local
+from clipq.optim.shards import local_grad, norms
 
 Scaler = torch.amp.GradScaler | FixedLossScaler
 
 
 def gradient_norms(params: Sequence[nn.Parameter]) -> Tensor:
-    """2-norm of each parameter's gradient, [params] float32; 0 where there is none."""
-    have = [(i, local(p.grad)) for i, p in enumerate(params) if p.grad is not None]
-    norms = torch._foreach_norm([grad for _, grad in have])  # pyright: ignore[reportPrivateImportUsage]
-    if len(have) == len(params):
-        return torch.stack(norms).float()
-    zero = torch.zeros((), device=local(params[0]).device)
-    found = dict(zip((i for i, _ in have), norms, strict=True))
-    return torch.stack([found.get(i, zero).float() for i in range(len(params))])
+    """2-norm of each parameter's gradient, [params] float32, over all its shards; 0 where there is none."""
+    return norms(params, [None if p.grad is None else local_grad(p) for p in params])
+
+
+def total_norm(norms: Tensor) -> Tensor:
+    """2-norm of all gradients, [] float32: of squares that float32 may not hold."""
+    return torch.linalg.vector_norm(norms, dtype=torch.float64).float()
 
 
 class Guard:
@@ -62,7 +61,7 @@ class Guard:
 
     def update(self, optimizer: Optimizer, scaler: Scaler, bad: Tensor) -> None:
         """The optimizer's step, which changes nothing where the step is bad. A loss scaler judges gradients itself."""
-        if self._scaling:  # it waits for the device anyway
+        if self._scaling:  # the scaler has a `found_inf` of its own to tell the optimizer
             if not bad.item():
                 scaler.step(optimizer)
         elif getattr(optimizer, "_step_supports_amp_scaling", False):

@@ -21,8 +21,9 @@ from clipq.log.meters import Meter
 from clipq.log.writers import evaluated
 from clipq.loss.contrastive import contrastive_loss
 from clipq.optim.loss_scale import FixedLossScaler
+from clipq.optim.shards import local
 from clipq.train.events import flush, measure_quantization, rewind
-from clipq.train.guard import gradient_norms
+from clipq.train.guard import gradient_norms, total_norm
 from clipq.train.profile import profiler
 from clipq.train.run import Pending, Run, diverged, write
 
@@ -49,6 +50,7 @@ def train(run: Run) -> None:
         flops_per_image=run.flops_per_image,
         world_size=run.env.world_size,
     )
+    run.guard.learn(state.spikes.mean)
     batches = run.loader(state.place)
     late = owed(run)
     if late:
@@ -79,7 +81,8 @@ def train(run: Run) -> None:
             if run.quantization_every and step % run.quantization_every == 0:
                 with meter.paused():
                     measure_quantization(run, batch)
-            if saving:
+            # Weights whose loss is refused may be bad themselves: saved again and again, they would drive out the good.
+            if saving and (step == run.steps or not run.refused):
                 with meter.paused():
                     require_finite_weights(run)
                     run.checkpoints.save(state, loader=run.loader_info)
@@ -107,7 +110,7 @@ def train_step(run: Run, batch: dict[str, Any], lr: float) -> Pending:
     params = list(state.model.parameters())
     state.scaler.unscale_(state.optimizer)
     norms = gradient_norms(params)
-    norm = torch.linalg.vector_norm(norms)
+    norm = total_norm(norms)
     if run.clip_norm is not None:
         nn.utils.clip_grads_with_norm_(params, run.clip_norm, norm)
     bad = run.guard.judge(numbers[0], norm)
@@ -115,9 +118,9 @@ def train_step(run: Run, batch: dict[str, Any], lr: float) -> Pending:
     if watching:
         run.watch.before_update()
     run.guard.update(state.optimizer, state.scaler, bad)
-    watched = run.watch.after_update(bad) if watching else None
+    watched = run.watch.after_update(bad | ~norm.isfinite()) if watching else None
     state.scaler.update()
-    if isinstance(state.scaler, FixedLossScaler) and state.scaler.left_out:
+    if isinstance(state.scaler, FixedLossScaler) and state.scaler.left_out and not bad.item():
         left_out(run, state.scaler)
     with torch.no_grad():
         logit_scale: Any = state.model.logit_scale
@@ -159,7 +162,7 @@ def require_finite_weights(run: Run) -> None:
     Raises:
         DivergedError: on every rank, if a weight of any of them is NaN or infinite.
     """
-    finite = torch.stack([p.isfinite().all() for p in run.state.model.parameters()]).all().int()
+    finite = torch.stack([local(p).isfinite().all() for p in run.state.model.parameters()]).all().int()
     if run.env.is_distributed:
         dist.all_reduce(finite, dist.ReduceOp.MIN)
     if not finite.item():

@@ -120,6 +120,8 @@ class Run:
     eval_every: int = 0
     profile: tuple[int, int] | None = None
     quantization_every: int = 0
+    refused: bool = False
+    """Whether the guard refused the last step that was read."""
     filtered: Filtered = field(init=False)
     pending: list[Pending] = field(default_factory=list)
 
@@ -138,11 +140,10 @@ class DivergedError(RuntimeError):
     """The loss, its gradients or the weights went bad beyond what the guard may mend; nothing was saved since."""
 
 
-def diverged(run: Run, what: str) -> DivergedError:
+def diverged(run: Run, what: str, *, mend: str = "or choose another guard.policy") -> DivergedError:
     path = run.checkpoints.newest()
     kept = f"the newest checkpoint, {path}, has finite weights" if path else "there is no checkpoint yet"
-    mend = "lower optim.lr, lengthen schedule.warmup, set optim.clip_norm, or choose another guard.policy"
-    return DivergedError(f"{what}: {mend}; {kept}")
+    return DivergedError(f"{what}: lower optim.lr, lengthen schedule.warmup, set optim.clip_norm, {mend}; {kept}")
 
 
 def write(run: Run, rows: Sequence[Row]) -> None:

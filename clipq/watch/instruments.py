@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from clipq.model.surgery import blocks
-from clipq.optim.shards import local
+from clipq.optim.shards import local, norms
 from clipq.watch.rms import RmsWatch
 
 SHARE = 8
@@ -98,9 +98,9 @@ class Watch:
             parts.append(self._features.values())
         if self._params:
             now = [local(p) for p in self._params]
-            parts.append(torch.stack(torch._foreach_norm(now)).float())  # pyright: ignore[reportPrivateImportUsage]
+            parts.append(norms(self._params, now))
             torch._foreach_sub_(self._before, now)  # pyright: ignore[reportPrivateImportUsage]
-            parts.append(torch.stack(torch._foreach_norm(self._before)).float())  # pyright: ignore[reportPrivateImportUsage]
+            parts.append(norms(self._params, self._before))
             self._before = []
         return torch.cat(parts) if parts else torch.empty(0)
 

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from clipq.optim import FixedLossScaler, StableAdamW
+from clipq.train.guard import gradient_norms
 from tests.helpers import run_distributed
 
 SHAPES = [(5, 3), (1, 4), (7,), (2, 3, 2), (1,)]
@@ -75,6 +76,11 @@ def fsdp() -> None:
         for m, optimizer in ((alone, one), (sharded, two)):
             m(x).square().mean().backward()  # the same batch everywhere: the mean over processes is its gradient
             optimizer.step()
+        if step == 6:
+            expected, found = (gradient_norms([*m.parameters()]) for m in (alone, sharded))
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+            assert expected.min() > 0
+        for optimizer in (one, two):
             optimizer.zero_grad()
     for p, q in zip(alone.parameters(), sharded.parameters(), strict=True):
         torch.testing.assert_close(q.full_tensor(), p.detach(), rtol=1e-5, atol=1e-6)  # pyright: ignore

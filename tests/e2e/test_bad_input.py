@@ -80,6 +80,7 @@ MISTAKES = {
         ["optim.clip_threshold=2"],
         ["optim.clip_threshold=2", "optim.name=adamw", "only optim=stable_adamw"],
     ),
+    "a bound that never holds": (["guard.rise=2", "steps=6"], ["guard.rise=2", "watch.ignore=1000"]),
     "no threshold": (["optim=stable_adamw", "optim.clip_threshold=0"], ["optim.clip_threshold=0", "inf"]),
     "unknown optimizer": (["optim=lion"], ["optim", "lion", "stable_adamw"]),
     "infinite learning rate": (["optim.lr=inf"], ["optim.lr=inf", "finite"]),

@@ -210,7 +210,12 @@ def _row(hyper: Hyper) -> list[float]:
 def _upload(values: list[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Values on the GPU without waiting for it."""
     host = torch.tensor(values, dtype=dtype)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    if device.type != "cuda":
+        return host
+    pinned = host.pin_memory()
+    table: Any = pinned.to(device, non_blocking=True)
+    table.pinned = pinned  # where this is recorded in a CUDA graph, each replay copies from it again
+    return table
 
 
 class _Set:

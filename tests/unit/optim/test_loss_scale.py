@@ -75,6 +75,49 @@ def test_missing_and_empty_gradients() -> None:
     assert params[2].grad[0] == 2, "as it was, not unscaled"
 
 
+def test_two_optimizers_are_unscaled_alike() -> None:
+    net = model()
+    first, second = (torch.optim.SGD([net[i].weight], lr=1.0) for i in (0, 2))
+    scaler = FixedLossScaler(net.named_parameters(), 1024.0)
+    for step in range(3):
+        net.zero_grad()
+        for i in (0, 2):
+            net[i].weight.grad = torch.full_like(net[i].weight, 1024.0)
+        if step == 1:
+            net[2].weight.grad[0, 0] = math.inf
+        before = [net[i].weight.detach().clone() for i in (0, 2)]
+        for optimizer in (first, second):
+            scaler.step(optimizer)
+            with pytest.raises(RuntimeError, match="was called already"):
+                scaler.step(optimizer)
+        assert torch.equal(net[0].weight, before[0] - 1)
+        assert torch.equal(net[2].weight, before[1] - float(step != 1))
+        assert scaler.left_out == (["2.weight"] if step == 1 else [])
+        scaler.update()
+    assert scaler.skipped == {"2.weight": 1}
+
+
+def test_steps_in_a_row_are_counted() -> None:
+    p = nn.Parameter(torch.ones(2))
+    optimizer, scaler = torch.optim.SGD([p], lr=1.0), FixedLossScaler([("p", p)])
+    found = []
+    for value in (math.nan, math.inf, 1.0, math.nan):
+        p.grad = torch.full((2,), value)
+        scaler.step(optimizer)
+        scaler.update()
+        found.append(scaler.in_a_row.get("p", 0))
+    assert found == [1, 2, 0, 1]
+
+
+def test_gradients_in_float16_are_refused() -> None:
+    p = nn.Parameter(torch.ones(2, dtype=torch.float16))
+    p.grad = torch.ones(2, dtype=torch.float16)
+    with pytest.raises(ValueError, match="keep float32 weights"):
+        FixedLossScaler([("p", p)]).unscale_(torch.optim.SGD([p]))
+    with pytest.raises(TypeError, match="named_parameters"):
+        FixedLossScaler([p])  # pyright: ignore[reportArgumentType]
+
+
 def test_wrong_scales() -> None:
     for scale in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="scale="):

@@ -269,6 +269,16 @@ def test_wrong_settings(settings, message) -> None:
         StableAdamW(parameters(torch.float32), **settings)
 
 
+def test_a_refused_group_is_not_added() -> None:
+    optimizer = StableAdamW([nn.Parameter(torch.ones(2))])
+    with pytest.raises(ValueError, match="eps"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "eps": 0.0})
+    assert len(optimizer.param_groups) == 1
+    for rate in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="lr="):
+            StableAdamW([nn.Parameter(torch.ones(2))], lr=torch.tensor(rate))
+
+
 def test_sparse_gradients() -> None:
     embedding = nn.Embedding(4, 2, sparse=True)
     embedding(torch.tensor([1])).sum().backward()

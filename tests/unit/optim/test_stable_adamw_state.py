@@ -86,3 +86,25 @@ def test_state_of_what_it_cannot_do_is_refused(lacking: str) -> None:
     other = torch.optim.AdamW(params, **{lacking: True})  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=f"{lacking}=True"):
         StableAdamW(params).load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (
+            lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+            "of another optimizer: it has no exp_avg, exp_avg_sq, step",
+        ),
+        (lambda p: torch.optim.Adam(p, weight_decay=0.1), "weight decay is not decoupled"),
+    ],
+)
+def test_state_of_another_optimizer_is_refused(make, says) -> None:
+    p = nn.Parameter(torch.ones(3))
+    other, own = make([p]), StableAdamW([p])
+    p.grad = torch.ones(3)
+    other.step()
+    own.step()
+    before = {name: value.clone() for name, value in own.state[p].items()}
+    with pytest.raises(ValueError, match=says):
+        own.load_state_dict(other.state_dict())
+    assert all(torch.equal(own.state[p][name], value) for name, value in before.items())

@@ -19,7 +19,7 @@ from clipq.data.loader import StreamPlace
 from clipq.dist.env import distributed
 from clipq.optim import FixedLossScaler
 from clipq.train.checkpoint import newest
-from clipq.train.guard import Guard, gradient_norms
+from clipq.train.guard import Guard, gradient_norms, total_norm
 from clipq.train.loop import train
 from clipq.train.run import DivergedError, Run
 from tests.helpers import colour_samples, colour_shards, encode, read_metrics, run_distributed, tiny_arch, write_shard
@@ -196,8 +196,58 @@ def test_rewind_goes_on_as_if_the_batches_had_not_been(arch: Path, shards: list[
 def test_rewind_needs_a_checkpoint(arch: Path, shards: list[str]) -> None:
     run = run_of(arch, shards, "guard.policy=rewind")
     spoil(run, NAN, at_step(run, 1))
-    with pytest.raises(DivergedError, match=r"with guard\.policy=rewind.*there is no checkpoint yet"):
+    with pytest.raises(DivergedError, match=r"guard\.policy=rewind has nothing to go back to.*lower checkpoint"):
         train(run)
+
+
+def test_two_bad_batches_of_one_step_are_both_told(arch: Path, shards: list[str]) -> None:
+    run = run_of(arch, shards, "guard.policy=rewind", "checkpoint.every=2", "log.every=1")
+    poisoned(run, {2, 3})
+    spoil(run, NAN, all_white)
+    train(run)
+    bad = [(e["step"], e["keys"]) for e in events() if e["event"] == "bad step"]
+    assert bad == [(3, "bad_batches/step_00000003.txt"), (3, "bad_batches/step_00000003_2.txt")]
+    first, second = (set(Path("run", keys).read_text().split()) for _, keys in bad)
+    assert not first & second
+
+
+def test_the_bound_holds_from_the_first_resumed_step_on(arch: Path, shards: list[str]) -> None:
+    settings = ("guard.rise=3", "guard.policy=skip", "watch.ignore=1", "log.every=4", "checkpoint.every=4")
+    train(run_of(arch, shards, *settings, "steps=4"))
+    run = run_of(arch, shards, *settings, "steps=8")
+    spoil(run, BOMB, at_step(run, 5))
+    train(run)
+    assert [e["step"] for e in events()] == [5]
+
+
+def test_nothing_is_saved_after_a_refused_step(arch: Path, shards: list[str]) -> None:
+    """Weights that are finite and give no finite loss would drive out those that are good."""
+    run = run_of(arch, shards, "guard.policy=skip", "checkpoint.every=1", "checkpoint.keep_last=2", "steps=6")
+    spoil(run, NAN, lambda _: run.state.step + 1 in (4, 5))
+    train(run)
+    assert sorted(p.name for p in Path("run/checkpoints").iterdir()) == ["step_00000003", "step_00000006"]
+
+
+def test_a_fixed_scale_and_a_loss_that_is_not_finite(arch: Path, shards: list[str]) -> None:
+    """All gradients are gone then: it is a bad step, not the overflow of every tensor."""
+    run = run_of(arch, shards, "guard.policy=skip", "steps=5")
+    run.state.scaler = FixedLossScaler(run.state.model.named_parameters(), 8.0)
+    run.guard._scaling = True
+    spoil(run, NAN, at_step(run, 3))
+    train(run)
+    assert [(e["event"], e["step"]) for e in events()] == [("bad step", 3)]
+    assert all(p.isfinite().all() for p in run.state.model.parameters())
+    assert {int(s["step"]) for s in run.state.optimizer.state.values()} == {4}
+
+
+def test_a_rewind_counts_once(arch: Path, shards: list[str]) -> None:
+    """Of three bad steps that are read together."""
+    run = run_of(arch, shards, "guard.policy=rewind", "guard.limit=2", "checkpoint.every=3", "log.every=6", "steps=8")
+    poisoned(run, {3, 4, 5})
+    spoil(run, NAN, all_white)
+    train(run)
+    assert run.state.step == 8
+    assert [e["event"] for e in events()].count("rewind") == 1
 
 
 @pytest.mark.parametrize("policy", ["skip", "rewind"])
@@ -303,3 +353,8 @@ def test_gradient_norms() -> None:
     assert gradient_norms(params).tolist() == [5.0, 0.0, 2.0]
     params[1].grad = torch.full((2, 2), 0.5)
     assert gradient_norms(params).tolist() == [5.0, 1.0, 2.0]
+    for p in params:
+        p.grad = None
+    assert gradient_norms(params).tolist() == [0.0, 0.0, 0.0]
+    assert total_norm(torch.tensor([3e30, 4e30])).item() == pytest.approx(5e30)
+    assert total_norm(torch.tensor([1.0, math.nan])).isnan()

@@ -100,7 +100,7 @@ def test_non_finite_loss_stops_before_it_is_saved(arch: Path, shards: list[str])
     poison = run.state.optimizer.register_step_post_hook(
         lambda *_: run.state.model.logit_scale.data.fill_(float("nan")) if run.state.step == 2 else None  # pyright: ignore
     )
-    with pytest.raises(DivergedError, match="the loss is nan at step 4"):
+    with pytest.raises(DivergedError, match="the loss is nan, first in logit_scale, at step 4"):
         train(run)
     poison.remove()
     assert [p.name for p in Path("run/checkpoints").iterdir()] == ["step_00000002"]
