@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from clipq.data.filters import told
 from clipq.data.loader import StreamPlace
 from clipq.dist.env import DistEnv
+from clipq.dist.stop import Stop
 from clipq.eval.common import Encoder, Evaluator
 from clipq.log.console import Console
 from clipq.log.writers import Row, Writer
@@ -120,6 +121,7 @@ class Run:
     eval_every: int = 0
     profile: tuple[int, int] | None = None
     quantization_every: int = 0
+    stop: Stop = field(default_factory=Stop)
     filtered: Filtered = field(init=False)
     pending: list[Pending] = field(default_factory=list)
 
@@ -148,3 +150,8 @@ def diverged(run: Run, what: str) -> DivergedError:
 def write(run: Run, rows: Sequence[Row]) -> None:
     for writer in run.writers:
         writer.write(rows)
+
+
+def close(run: Run) -> None:
+    for writer in run.writers:
+        writer.close()
