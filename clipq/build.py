@@ -30,6 +30,7 @@ from clipq.data.remote import RemoteError
 from clipq.data.shards import expand, names_digest
 from clipq.dist.env import DistEnv
 from clipq.dist.gather import raised_on_every_rank
+from clipq.dist.stop import Stop
 from clipq.eval.common import Encoder, Evaluator
 from clipq.eval.prompts import read_classnames, read_templates, subset_indices
 from clipq.eval.retrieval import Retrieval
@@ -106,7 +107,12 @@ def build_schedule(job: TrainJob) -> Schedule:
 
 
 def build_encoder(
-    clip: ClipModel, backend: BackendConfig, config: EvalConfig, env: DistEnv, console: Console
+    clip: ClipModel,
+    backend: BackendConfig,
+    config: EvalConfig,
+    env: DistEnv,
+    console: Console,
+    stop: Stop | None = None,
 ) -> Encoder:
     preprocess = clip.preprocess
     transform = image_transform(
@@ -129,6 +135,7 @@ def build_encoder(
         batch_size=config.batch_size,
         workers=default_workers(env.local_world_size) if config.workers is None else config.workers,
         status=console.status,
+        stop=stop or Stop(),
     )
 
 
@@ -197,11 +204,12 @@ def build_writers(job: TrainJob, folder: Path, env: DistEnv, *, step: int, confi
     return writers
 
 
-def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Console) -> Run:
+def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Console, stop: Stop | None = None) -> Run:
     """Everything that `train` needs, at the step of the newest checkpoint in the run folder.
 
     The order is: data (cheap to find wrong), model, conversion to the recipe, optimizer, checkpoint, parallel, compile.
     """
+    stop = stop or Stop()
     warn_of_slow_bf16(job.backend, env.device)
     torch.manual_seed(job.seed)
     with reported_as_config_error():
@@ -257,7 +265,7 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
         schedule=build_schedule(job),
         loader=functools.partial(train_batches, stream, workers, job.data, env),
         loader_info=order | {"lanes": lanes, "world_size": env.world_size},
-        encoder=build_encoder(clip, job.backend, job.eval, env, console),
+        encoder=build_encoder(clip, job.backend, job.eval, env, console, stop),
         evaluators=evaluators,
         checkpoints=checkpoints,
         console=console,
@@ -275,7 +283,9 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
         log_every=job.log.every,
         eval_every=job.eval.every,
         profile=(job.log.profile[0], job.log.profile[1]) if job.log.profile else None,
+        stop=stop,
     )
+    run.guard.learn(state.learned)
     if recorded:
         run.graph = Graphed(
             functools.partial(forward_backward, run), before_recording=optimizer.zero_grad, device=env.device

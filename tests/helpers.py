@@ -154,6 +154,27 @@ def command_on_two_ranks(name: str, *overrides: str, cwd: Path) -> subprocess.Co
     )
 
 
+def start_ranks(world: Path, settings: list[str], ranks: int) -> list[subprocess.Popen]:
+    """The trainers of a run, one for each rank, as a scheduler starts them; what they say goes to `world/output`."""
+    port, output = str(free_port()), world / "output"
+    environments = [{}]
+    if ranks > 1:
+        shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost"}
+        environments = [shared | {"MASTER_PORT": port, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(ranks)]
+    with output.open("w") as file:
+        return [
+            subprocess.Popen(
+                [sys.executable, "-m", "clipq.cli.train", *settings],
+                cwd=world,
+                env=os.environ | {"OMP_NUM_THREADS": "1"} | own,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            for own in environments
+        ]
+
+
 def read_metrics(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if row["kind"] == kind]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ from clipq.config.checks import ConfigError
 from clipq.config.choices import Resume, Wandb
 from clipq.config.hydra import run
 from clipq.config.schema import TrainJob, check
+from clipq.dist.stop import Stop, Stopped, caught
 
 if TYPE_CHECKING:
     from clipq.dist.env import DistEnv
@@ -25,7 +27,8 @@ def main() -> None:
     # Read as torch is imported. Without it the compiler chooses tiles by timing them, and two runs of one command on a
     # GPU round differently.
     os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
-    run(TrainJob, "train", train_job, synthetic=synthetic)
+    with caught() as stop:
+        run(TrainJob, "train", functools.partial(train_job, stop=stop), synthetic=synthetic)
 
 
 def synthetic() -> str:
@@ -47,7 +50,7 @@ def render_synthetic(yaml: str) -> None:
             raise ConfigError(str(error)) from error
 
 
-def train_job(job: TrainJob, yaml: str) -> None:
+def train_job(job: TrainJob, yaml: str, *, stop: Stop) -> None:
     """Runs a job on this process and those that torchrun started beside it."""
     from clipq.dist.env import cuda_capability, distributed, world_size_from_environment
     from clipq.train.lock import locked
@@ -55,10 +58,11 @@ def train_job(job: TrainJob, yaml: str) -> None:
     check(job, world_size=world_size_from_environment(), capability=cuda_capability())
     render_synthetic(yaml)
     with distributed(job.device.value, timeout_minutes=job.parallel.timeout_minutes) as env:
+        stop.at_once = not env.is_distributed  # from here on ranks wait for each other
         _check_wandb(job, env)
         folder = Path(job.runs) / job.name
         with locked(folder, env):
-            _train(job, folder, yaml, env)
+            _train(job, folder, yaml, env, stop)
 
 
 def _check_wandb(job: TrainJob, env: DistEnv) -> None:
@@ -70,7 +74,7 @@ def _check_wandb(job: TrainJob, env: DistEnv) -> None:
             check_wandb_login()
 
 
-def _train(job: TrainJob, folder: Path, yaml: str, env: DistEnv) -> None:
+def _train(job: TrainJob, folder: Path, yaml: str, env: DistEnv, stop: Stop) -> None:
     from clipq.build import build_run, build_writers, reported_as_config_error
     from clipq.data.shards import DataError
     from clipq.eval.common import EvalError
@@ -78,7 +82,7 @@ def _train(job: TrainJob, folder: Path, yaml: str, env: DistEnv) -> None:
     from clipq.log.folder import environment, flatten_yaml, write_folder
     from clipq.train.checkpoint import CheckpointError, disk_is_full
     from clipq.train.loop import owed, train
-    from clipq.train.run import DivergedError, write
+    from clipq.train.run import DivergedError, close, write
 
     with reported_as_config_error():  # which waits: every rank has read the folder before one of them changes it
         differing = _changes_since_checkpoint(job, folder, yaml)
@@ -87,7 +91,7 @@ def _train(job: TrainJob, folder: Path, yaml: str, env: DistEnv) -> None:
     for line in differing:
         log.warning("changed since the checkpoint: %s", line)
     try:
-        training = build_run(job, env, folder, yaml, console)
+        training = build_run(job, env, folder, yaml, console, stop)
         if training.state.step >= job.steps and not owed(training):
             log.info("%s has done its %d steps: raise steps, or choose another name=", folder, training.state.step)
             return
@@ -98,9 +102,13 @@ def _train(job: TrainJob, folder: Path, yaml: str, env: DistEnv) -> None:
         training.writers = build_writers(job, folder, env, step=training.state.step, config=flatten_yaml(yaml))
         if training.state.step:
             write(training, [{"kind": "resume", "step": training.state.step, "seconds": training.state.seconds}])
-        train(training)
-        for writer in training.writers:
-            writer.close()
+        try:
+            train(training)
+        except Stopped:
+            close(training)
+            env.barrier()  # a launcher that sees one rank end ends the others
+            raise
+        close(training)
         log.info("finished: %s", folder)
     except ConfigError:
         raise

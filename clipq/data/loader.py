@@ -14,6 +14,7 @@ import logging
 import math
 import mmap
 import random
+import signal
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -309,7 +310,7 @@ def make_loader(
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
         pin_memory=pin_memory,
-        worker_init_fn=_one_thread if workers else None,
+        worker_init_fn=_begin if workers else None,
         # Forked processes begin in milliseconds. Children of a process that uses CUDA must not: ours never do.
         multiprocessing_context="fork" if workers else None,
         # Without one of its own the loader draws a number from the global generator, which dropout draws from too: a
@@ -323,5 +324,11 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _one_thread(worker: int) -> None:
+def _begin(worker: int) -> None:
     torch.set_num_threads(1)
+    # The terminal sends Ctrl-C to all processes at once, a scheduler its signals: where the main process handles them,
+    # it still needs its batches, and ends its loaders itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_IGN)

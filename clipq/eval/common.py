@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from clipq.data.evalset import EvalStream, Source
 from clipq.data.loader import Tokenizer, make_loader
 from clipq.dist.env import DistEnv
+from clipq.dist.stop import Stop
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class Encoder:
     workers: int = 1
     status: Callable[[str], None] = field(default=lambda text: None)
     """Is told how far an evaluation has come."""
+    stop: Stop = field(default_factory=Stop)
+    """What may break an evaluation off: this rank then leaves out the rest of its share, and all end as they `agree`
+    on it before they next need each other's part."""
 
     def images(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] on any device -> [B, D] fp32, unit norm, on the model's device."""
@@ -48,20 +52,27 @@ class Encoder:
         return F.normalize(features.float(), dim=-1)
 
     def texts(self, texts: list[str]) -> Tensor:
-        """N strings -> [N, D] fp32, unit norm, on the model's device; encoded `batch_size` at a time."""
+        """N strings -> [N, D] fp32, unit norm, on the model's device; encoded `batch_size` at a time.
+
+        Fewer where the evaluation is broken off.
+        """
         parts = []
         for first in range(0, len(texts), self.batch_size):
+            if parts and self.stop.asked:
+                break
             tokens = self.tokenizer(texts[first : first + self.batch_size]).to(self.env.device)
             with self._autocast():
                 parts.append(self.model.encode_text(tokens).float())  # pyright: ignore[reportCallIssue]
         return F.normalize(torch.cat(parts), dim=-1)
 
     def batches(self, source: Source, task: str) -> Iterator[dict[str, Any]]:
-        """This rank's share of a source, in batches, as `EvalStream` yields them."""
+        """This rank's share of a source, in batches, as `EvalStream` yields them, as far as it is not broken off."""
         stream = EvalStream(source, self.transform, self.batch_size, self.env.rank, self.env.world_size)
         pin = self.env.device.type == "cuda"
         start, done = time.perf_counter(), 0
         for batch in make_loader(stream, workers=self.workers, pin_memory=pin):
+            if self.stop.asked:
+                return
             yield batch
             done += len(batch["target"])
             self.status(f"{task}: {done:,} images, {done / (time.perf_counter() - start):,.0f} img/s on this rank")
@@ -127,7 +138,7 @@ class Evaluator(Protocol):
         ...
 
     def run(self, encoder: Encoder) -> EvalResult:
-        """Called on every rank; returns the same metrics, or raises the same EvalError, on every rank."""
+        """Called on every rank; returns the same metrics, or raises the same EvalError or Stopped, on every rank."""
         ...
 
 

@@ -86,6 +86,7 @@ class Retrieval:
                     texts += captions
                     owner += [count] * len(captions)
                     count += 1
+            encoder.stop.agree()
             counts = gather_objects((count, faults))
             if sum(c for c, _ in counts) == 0:
                 raise EvalError(f"evaluation {self.task}: no image could be read (see the warnings before)")
@@ -93,7 +94,9 @@ class Retrieval:
             empty = torch.empty(0, width, device=env.device)
             mine = sum(c for c, _ in counts[: env.rank])
             all_images = gather_rows(torch.cat(images) if images else empty)
-            all_texts = gather_rows(encoder.texts(texts) if texts else empty)
+            my_texts = encoder.texts(texts) if texts else empty
+            encoder.stop.agree()
+            all_texts = gather_rows(my_texts)
             all_owners = gather_rows(torch.tensor(owner, device=env.device, dtype=torch.long) + mine)
             words = [t for part in gather_objects(texts) for t in part] if self.examples else []
             metrics: dict[str, float] = recalls(all_images, all_texts, all_owners)

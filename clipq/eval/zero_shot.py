@@ -27,10 +27,14 @@ def build_classifier(encoder: Encoder, classnames: list[str], templates: list[st
     for first in range(0, len(mine), at_a_time):
         chosen = mine[first : first + at_a_time]
         texts = [t for c in chosen for t in prompts(classnames[c], templates)]
-        features.append(encoder.texts(texts).view(len(chosen), len(templates), -1).mean(1))
+        encoded = encoder.texts(texts)
+        if encoder.stop.asked:
+            break
+        features.append(encoded.view(len(chosen), len(templates), -1).mean(1))
         encoder.status(f"classifier: {first + len(chosen):,} of {len(mine):,} class names on this rank")
     width = features[0].shape[1] if features else int(encoder.texts(["a"]).shape[1])
     weights = torch.cat(features) if features else torch.empty(0, width, device=env.device)
+    encoder.stop.agree()
     everyone = gather_rows(F.normalize(weights, dim=-1))
     numbers = gather_rows(torch.tensor(mine, device=env.device, dtype=torch.long))
     return everyone[numbers.argsort()]
@@ -90,6 +94,7 @@ class ZeroShot:
                 counts[1].index_add_(0, labels, right[:, 0].long())
                 counts[2].index_add_(0, labels, right.any(1).long())
                 self._offer(keeper, batch["image"], labels, logits_BC)
+            encoder.stop.agree()
             # Raised on every rank, where one alone would leave the others waiting.
             everyone = gather_objects((faults, strange))
             if any(label is not None for _, label in everyone):

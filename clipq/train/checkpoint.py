@@ -78,6 +78,9 @@ class Checkpoints:
     def newest(self) -> Path | None:
         return newest(self.folder)
 
+    def path(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}"
+
     def due(self, step: int, *, ask_clock: bool) -> bool:
         """Whether to save after this step. Collective where `ask_clock`: all ranks follow rank 0's clock."""
         if self._every and step % self._every == 0:
@@ -102,7 +105,7 @@ class Checkpoints:
         self._saved_at = time.monotonic()
 
     def _write(self, state: TrainState, saved: dict[str, Any]) -> None:
-        final = self.folder / f"step_{state.step:08d}"
+        final = self.path(state.step)
         part = self.folder / f".part_{final.name}"
         try:
             part.mkdir()

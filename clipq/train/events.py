@@ -79,7 +79,8 @@ def flush(run: Run, meter: Meter, *, show: bool) -> bool:
         log.warning("step %d: %s", event["step"], describe(event))
     require_trained(run)
     again = bool(bad) and step_in(run, bad)
-    run.guard.learn(run.state.spikes.mean)
+    run.state.learned = run.state.spikes.mean
+    run.guard.learn(run.state.learned)
     return again
 
 
@@ -180,7 +181,7 @@ def rewind(run: Run) -> None:
     with raised_on_every_rank(ValueError):
         load(path, state, run.env)
     state.place = place
-    run.guard.learn(state.spikes.mean)
+    run.guard.learn(state.learned)
     write(run, [{"kind": "event", "step": step, "event": "rewind", "to": state.step}])
     log.warning("went back from step %d to %s; the batches since are left out", step, path)
 

@@ -16,13 +16,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from clipq.dist.gather import gather_objects
+from clipq.dist.stop import Stopped
 from clipq.eval.common import Evaluator
 from clipq.log.meters import Meter
 from clipq.log.writers import evaluated
 from clipq.loss.contrastive import contrastive_loss
 from clipq.optim.loss_scale import FixedLossScaler
 from clipq.optim.shards import local
-from clipq.train.events import flush, measure_quantization, rewind
+from clipq.train.events import flush, measure_quantization, newest, rewind
 from clipq.train.guard import gradient_norms, total_norm
 from clipq.train.profile import profiler
 from clipq.train.run import Pending, Run, diverged, write
@@ -39,18 +40,29 @@ def train(run: Run) -> None:
     """Trains from the state's step to the last.
 
     Raises:
+        Stopped: a signal asked for it; what was trained is saved.
         DivergedError: the run went bad; no such weights were saved.
         CheckpointError: a checkpoint could not be written.
         EvalError: an evaluator cannot use its data; the same command evaluates again.
     """
-    state = run.state
     meter = Meter(
-        seconds=state.seconds,
+        seconds=run.state.seconds,
         device=run.env.device,
         flops_per_image=run.flops_per_image,
         world_size=run.env.world_size,
     )
-    run.guard.learn(state.spikes.mean)
+    try:
+        run.stop.at_once = False
+        run.stop.agree()
+        train_on(run, meter)
+    except Stopped as stopped:
+        stopped.where = end(run, meter)
+        raise
+
+
+def train_on(run: Run, meter: Meter) -> None:
+    """The steps of `train`. Where a signal ends them, it is on all ranks after the same step."""
+    state = run.state
     batches = run.loader(state.place)
     late = owed(run)
     if late:
@@ -59,7 +71,8 @@ def train(run: Run) -> None:
     run.model.train()
     with profiler(run.profile, after=state.step, folder=run.folder, env=run.env) as profiling:
         while state.step < run.steps:
-            with meter.waiting():
+            run.stop.agree_late()
+            with meter.waiting(), run.stop.breaks_off(allowed=not run.env.is_distributed):
                 batch = next(batches)
             step = state.step + 1
             state.place = batch["place"]
@@ -84,13 +97,31 @@ def train(run: Run) -> None:
             # Weights whose loss is refused may be bad themselves: saved again and again, they would drive out the good.
             if saving and (step == run.steps or not run.refused):
                 with meter.paused():
-                    require_finite_weights(run)
-                    run.checkpoints.save(state, loader=run.loader_info)
+                    save(run)
             if evaluating:  # after the save, so that a fault in an evaluation costs no training
                 with meter.paused():
                     evaluate(run, run.evaluators)
             if profiling is not None:
                 profiling.step()
+
+
+def save(run: Run) -> None:
+    require_finite_weights(run)
+    run.checkpoints.save(run.state, loader=run.loader_info)
+
+
+def end(run: Run, meter: Meter) -> str:
+    """Saves a run between two steps, unless it is saved there, and says where it is. Collective."""
+    state = run.state
+    if state.step == 0:
+        return "before its first step"
+    path, learned = run.checkpoints.path(state.step), state.learned
+    if run.pending and flush(run, meter, show=False):  # the resumed run will go back as this one would have
+        return f"in step {state.step}, from which it is to go back to {newest(run)}"
+    state.learned = learned  # as it is where the run goes on: numbers were not due to be read
+    if newest(run) != path:
+        save(run)
+    return f"after step {state.step}, saved in {path}"
 
 
 def train_step(run: Run, batch: dict[str, Any], lr: float) -> Pending:
@@ -104,8 +135,11 @@ def train_step(run: Run, batch: dict[str, Any], lr: float) -> Pending:
     compute = functools.partial(forward_backward, run) if run.graph is None else run.graph
     numbers = compute(batch["image"], batch["text"]).clone()  # a recorded step writes the next ones to the same place
     if run.env.is_distributed:
-        dist.all_reduce(numbers[0])
-        numbers[0] /= run.env.world_size
+        asked = torch.full_like(numbers[0], float(run.stop.asked is not None))
+        loss_and_askers = torch.stack((numbers[0], asked))
+        dist.all_reduce(loss_and_askers)
+        numbers[0] = loss_and_askers[0] / run.env.world_size
+        run.stop.hear(loss_and_askers[1])
 
     params = list(state.model.parameters())
     state.scaler.unscale_(state.optimizer)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from clipq.data.filters import told
 from clipq.data.loader import StreamPlace
 from clipq.dist.env import DistEnv
+from clipq.dist.stop import Stop
 from clipq.eval.common import Encoder, Evaluator
 from clipq.log.console import Console
 from clipq.log.writers import Row, Writer
@@ -122,6 +123,7 @@ class Run:
     quantization_every: int = 0
     refused: bool = False
     """Whether the guard refused the last step that was read."""
+    stop: Stop = field(default_factory=Stop)
     filtered: Filtered = field(init=False)
     pending: list[Pending] = field(default_factory=list)
 
@@ -149,3 +151,8 @@ def diverged(run: Run, what: str, *, mend: str = "or choose another guard.policy
 def write(run: Run, rows: Sequence[Row]) -> None:
     for writer in run.writers:
         writer.write(rows)
+
+
+def close(run: Run) -> None:
+    for writer in run.writers:
+        writer.close()

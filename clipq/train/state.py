@@ -34,6 +34,8 @@ class TrainState:
     seconds: float = 0.0
     """Training time."""
     spikes: SpikeDetector = field(default_factory=SpikeDetector)
+    learned: float | None = None
+    """Mean of the loss that the guard holds losses against, as of when numbers were last read."""
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the model's weights, in tensors and plain values. Collective: every rank must call it."""
@@ -48,6 +50,7 @@ class TrainState:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "spikes": self.spikes.state_dict(),
+            "learned": self.learned,
             "rng": gather_objects(rng),
         }
 
@@ -66,6 +69,7 @@ class TrainState:
             self.place = StreamPlace(**saved["data"]).of_rank(rank, world_size)
         self.seconds = saved["seconds"]
         self.spikes.load_state_dict(saved["spikes"])
+        self.learned = saved.get("learned")  # older checkpoints have none
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         # before loading: by `fused` torch decides where the counts of steps are to lie
         groups = [old | own for old, own in zip(saved["optimizer"]["param_groups"], settings, strict=True)]
