@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 TILE = 2**22
@@ -42,3 +43,12 @@ def matching(tile: Tensor, rows: slice, columns: slice, first: int) -> tuple[Ten
     own = tile.diagonal(offset)
     start = rows.start + max(0, -offset)
     return own, slice(start, start + len(own))
+
+
+def refuse_second_derivative() -> None:
+    """To be called by a backward, which autograd would otherwise take for a constant where its input is one.
+
+    `once_differentiable` sees only what depends on the gradient that comes in, not on the saved features.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError("the loss has no second derivative: its backward cannot be run with create_graph=True")

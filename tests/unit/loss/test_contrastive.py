@@ -132,9 +132,8 @@ def test_two_losses_in_one_step() -> None:
 
 def test_second_derivatives_are_refused() -> None:
     image, text = features(6)
-    gradient = torch.autograd.grad(tiled(20)(image, text, torch.tensor(3.0)), image, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.square().sum().backward()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(tiled(20)(image, text, torch.tensor(3.0)), image, create_graph=True)
 
 
 @pytest.mark.parametrize("tile", [1000, TILE])
