@@ -19,7 +19,6 @@ from clipq.dist.gather import gather_objects
 from clipq.eval.common import Evaluator
 from clipq.log.meters import Meter
 from clipq.log.writers import evaluated
-from clipq.loss.contrastive import contrastive_loss
 from clipq.optim.loss_scale import FixedLossScaler
 from clipq.train.events import flush, measure_quantization, rewind
 from clipq.train.guard import gradient_norms
@@ -144,7 +143,8 @@ def forward_backward(run: Run, image_BCHW: Tensor, text_BL: Tensor) -> Tensor:
     text_BL = text_BL.to(device, non_blocking=True)
     with torch.autocast(device.type, dtype=run.autocast or torch.bfloat16, enabled=run.autocast is not None):
         out = run.model(image_BCHW, text_BL)
-    loss, largest = contrastive_loss(out["image_features"], out["text_features"], out["logit_scale"])
+    keys = ("image_features", "text_features", "logit_scale", "logit_bias")
+    loss, largest = run.loss(*(out[key] for key in keys if key in out))
     run.state.scaler.scale(loss).backward()
     with torch.no_grad():
         finite = [out[f].isfinite().all().float() for f in ("image_features", "text_features")]

@@ -16,6 +16,13 @@ def clip_loss_of_pairs(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     return (-logits.log_softmax(1)[own, own] - logits.log_softmax(0)[own, own]) / 2
 
 
+def sigmoid_loss_of_images(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """Zhai et al. 2023, algorithm 1: for each image the sum over texts, [pairs]."""
+    logits = scale * image @ text.T + bias
+    labels = 2 * torch.eye(len(logits), dtype=logits.dtype) - 1
+    return -(1 / (1 + (-labels * logits).exp())).log().sum(1)
+
+
 def features(pairs: int, width: int = 8, seed: int = 0, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """Image and text features of length 1, leaves of autograd."""
     g = torch.Generator().manual_seed(seed)
