@@ -19,7 +19,7 @@ from clipq.build_backend import AUTOCAST, compile_blocks, convert, wants_graph, 
 from clipq.build_data import build_captions, build_stream, find_sources, interpolation, loader_processes, train_batches
 from clipq.build_watch import build_guard, build_watch
 from clipq.config.checks import ConfigError
-from clipq.config.choices import Optimizer, Precision, TaskKind, Wandb
+from clipq.config.choices import Loss, Optimizer, Precision, TaskKind, Wandb
 from clipq.config.groups import BackendConfig, EvalConfig, ModelConfig, OptimConfig, ParallelConfig, TaskConfig
 from clipq.config.hydra import configs_dir
 from clipq.config.schema import TrainJob
@@ -38,6 +38,8 @@ from clipq.eval.zero_shot import ZeroShot
 from clipq.log.console import Console
 from clipq.log.meters import flops_per_pair
 from clipq.log.writers import JsonlWriter, TensorBoardWriter, WandbWriter, Writer
+from clipq.loss.contrastive import contrastive_loss
+from clipq.loss.sigmoid import sigmoid_loss
 from clipq.model.clip import ClipModel, create_model
 from clipq.optim.groups import decay_groups
 from clipq.optim.loss_scale import FixedLossScaler
@@ -51,6 +53,8 @@ from clipq.train.state import TrainState
 from clipq.watch.spikes import Rules, SpikeDetector
 
 log = logging.getLogger(__name__)
+
+LOSSES = {Loss.softmax: contrastive_loss, Loss.siglip: sigmoid_loss}
 
 
 @contextmanager
@@ -66,8 +70,8 @@ def reported_as_config_error() -> Iterator[None]:
             raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
 
 
-def build_model(config: ModelConfig) -> ClipModel:
-    """The model of a configuration on the CPU, with tokenizer and preprocessing."""
+def build_model(config: ModelConfig, loss: Loss = Loss.softmax) -> ClipModel:
+    """The model of a configuration on the CPU, with tokenizer and preprocessing, and what the loss needs of it."""
     packaged = configs_dir() / "arch" / f"{config.name}.json"
     return create_model(
         str(packaged) if packaged.is_file() else config.name,
@@ -77,6 +81,7 @@ def build_model(config: ModelConfig) -> ClipModel:
         patch_dropout=config.patch_dropout,
         qk_norm=config.qk_norm,
         grad_checkpointing=config.grad_checkpointing,
+        logit_bias=loss is Loss.siglip,
     )
 
 
@@ -217,10 +222,11 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
         for source in sources:
             source.check()
         evaluators = build_evaluators(job.eval)
-        clip = build_model(job.model)
-    if getattr(clip.model, "logit_bias", None) is not None:
+        clip = build_model(job.model, job.loss)
+    if job.loss is Loss.softmax and getattr(clip.model, "logit_bias", None) is not None:
         raise ConfigError(
-            f"model.name={job.model.name}: a SigLIP model, whose loss is not the contrastive softmax of clipq"
+            f"loss=softmax with model.name={job.model.name}: a SigLIP model, whose logit bias it does not train: "
+            "choose loss=siglip"
         )
     decoder: nn.Module | None = getattr(clip.model, "text_decoder", None)
     if decoder is not None:
@@ -279,6 +285,7 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
         max_logit_scale=job.max_logit_scale,
         guard=build_guard(clip.model, job),
         watch=watch,
+        loss=LOSSES[job.loss],
         quantization_every=job.watch.quantization,
         log_every=job.log.every,
         eval_every=job.eval.every,

@@ -122,7 +122,7 @@ def measure(options: argparse.Namespace, column: str) -> dict[str, Any]:
     def forward_backward() -> torch.Tensor:
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=weights is torch.float32):
             out = model(images, texts)
-        loss = contrastive_loss(out["image_features"], out["text_features"], out["logit_scale"])
+        loss, _ = contrastive_loss(out["image_features"], out["text_features"], out["logit_scale"])
         loss.backward()
         return loss.detach()
 

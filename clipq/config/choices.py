@@ -52,6 +52,11 @@ class Optimizer(Enum):
     stable_adamw = "stable_adamw"
 
 
+class Loss(Enum):
+    softmax = "softmax"
+    siglip = "siglip"
+
+
 class Decay(Enum):
     cosine = "cosine"
     constant = "constant"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from clipq.config.checks import require
-from clipq.config.choices import Device, Precision, Recipe, Resume, Strategy, Switch
+from clipq.config.choices import Device, Loss, Precision, Recipe, Resume, Strategy, Switch
 from clipq.config.data import DataConfig
 from clipq.config.groups import (
     BackendConfig,
@@ -67,6 +67,9 @@ class TrainJob:
     """auto takes CUDA where there is one."""
     resume: Resume = Resume.auto
     """auto continues the run folder at its newest checkpoint; never refuses a folder that has one."""
+    loss: Loss = Loss.softmax
+    """softmax is CLIP's contrastive loss. siglip is SigLIP's sigmoid loss; it gives a model without a logit bias one of
+    -10, and a logit scale of 10 to start with, as its paper does."""
     max_logit_scale: float = 100.0
     """The logit scale is clamped to at most this after each step."""
 

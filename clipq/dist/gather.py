@@ -1,4 +1,4 @@
-"""Collectives over tensors: one with a gradient, one for results of unequal length."""
+"""Collectives over tensors: two with a gradient, one for results of unequal length."""
 
 from __future__ import annotations
 
@@ -40,6 +40,28 @@ def all_gather_with_grad(x: Tensor) -> Tensor:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return x.unsqueeze(0)
     return _AllGather.apply(x)  # pyright: ignore[reportReturnType]
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(out, x.contiguous())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return _Exchange.forward(ctx, *grads)  # what came from a rank goes back to it
+
+
+def exchange_with_grad(x: Tensor) -> Tensor:
+    """Part r of rank q's `x` becomes part q of rank r's: [world_size, ...] -> [world_size, ...]; so do gradients.
+
+    Shapes and dtypes must be equal on all ranks.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return x
+    return _Exchange.apply(x)  # pyright: ignore[reportReturnType]
 
 
 def gather_rows(x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -135,6 +136,7 @@ def apply_settings(
     patch_dropout: float | None = None,
     qk_norm: bool = False,
     grad_checkpointing: bool = False,
+    logit_bias: bool = False,
 ) -> dict[str, Any]:
     """OpenCLIP's configuration of `arch` with clipq's settings (see `create_model`) written into it.
 
@@ -167,6 +169,8 @@ def apply_settings(
             if section.get("scaled_cosine_attn"):
                 raise ValueError(f"model.qk_norm=true with {arch.name}: {name} has scaled_cosine_attn; choose one")
             section.update(qk_norm=True, block_type="custom")
+    if logit_bias:
+        config = {"init_logit_bias": -10.0, "init_logit_scale": math.log(10)} | config
     if grad_checkpointing and arch.vision_kind == "resnet":
         raise ValueError(
             f"model.grad_checkpointing=true with {arch.name}: OpenCLIP's ResNet has no gradient "

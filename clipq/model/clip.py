@@ -61,7 +61,7 @@ class ClipModel:
     """OpenCLIP name, or path of the JSON file."""
     model: nn.Module
     """Called with `image` (B, 3, H, W) and `text` (B, context_length); returns a dict of `image_features`
-    and `text_features`, (B, E) of length 1, and `logit_scale`, already exponentiated."""
+    and `text_features`, (B, E) of length 1, `logit_scale`, already exponentiated, and `logit_bias` if it has one."""
     tokenizer: Callable[..., Tensor]
     """A string or a list of N -> (N, context_length) int64."""
     preprocess: Preprocess
@@ -90,6 +90,7 @@ def create_model(
     patch_dropout: float | None = None,
     qk_norm: bool = False,
     grad_checkpointing: bool = False,
+    logit_bias: bool = False,
 ) -> ClipModel:
     """Builds a model on the CPU in fp32, in training mode; torch's default generator draws its weights.
 
@@ -101,6 +102,8 @@ def create_model(
         patch_dropout: share of the image patches dropped in training.
         qk_norm: layer norm on queries and keys, in both towers.
         grad_checkpointing: recompute each block's activations in the backward.
+        logit_bias: the model has a bias of its logits, for SigLIP's loss. This and the logit scale begin at the values
+            of SigLIP's paper where the architecture names none.
 
         None (False) leaves the model's own setting.
 
@@ -116,6 +119,7 @@ def create_model(
         patch_dropout=patch_dropout,
         qk_norm=qk_norm,
         grad_checkpointing=grad_checkpointing,
+        logit_bias=logit_bias,
     )
     tag, file = _resolve_pretrained(arch, pretrained)
     tokenizer = _tokenizer(arch)
@@ -162,8 +166,9 @@ def _build(
     try:
         with _quiet():
             if not arch.from_file:
-                sections = {k: config[k] for k in ("vision_cfg", "text_cfg", "multimodal_cfg") if k in config}
-                return open_clip.create_model(arch.name, **options, **sections)
+                keys = ("vision_cfg", "text_cfg", "multimodal_cfg", "init_logit_scale", "init_logit_bias")
+                settings = {k: config[k] for k in keys if k in config}
+                return open_clip.create_model(arch.name, **options, **settings)
             with tempfile.TemporaryDirectory() as folder:
                 content = {"model_cfg": config, "preprocess_cfg": arch.preprocess}
                 Path(folder, CONFIG_FILE).write_text(json.dumps(content), encoding="utf-8")

@@ -20,7 +20,6 @@ from clipq.dist.stop import Stopped
 from clipq.eval.common import Evaluator
 from clipq.log.meters import Meter
 from clipq.log.writers import evaluated
-from clipq.loss.contrastive import contrastive_loss
 from clipq.optim.loss_scale import FixedLossScaler
 from clipq.optim.shards import local
 from clipq.train.events import flush, measure_quantization, newest, rewind
@@ -181,13 +180,12 @@ def forward_backward(run: Run, image_BCHW: Tensor, text_BL: Tensor) -> Tensor:
     text_BL = text_BL.to(device, non_blocking=True)
     with torch.autocast(device.type, dtype=run.autocast or torch.bfloat16, enabled=run.autocast is not None):
         out = run.model(image_BCHW, text_BL)
-    loss = contrastive_loss(out["image_features"], out["text_features"], out["logit_scale"])
+    keys = ("image_features", "text_features", "logit_scale", "logit_bias")
+    loss, largest = run.loss(*(out[key] for key in keys if key in out))
     run.state.scaler.scale(loss).backward()
     with torch.no_grad():
-        scale, features = out["logit_scale"].float(), (out["image_features"].float(), out["text_features"].float())
-        largest = scale * (features[0] @ features[1].T).amax()
-        finite = [f.isfinite().all().float() for f in features]
-        return torch.stack((loss, scale, largest, *finite))
+        finite = [out[f].isfinite().all().float() for f in ("image_features", "text_features")]
+        return torch.stack((loss, out["logit_scale"].float(), largest, *finite))
 
 
 def require_finite_weights(run: Run) -> None:

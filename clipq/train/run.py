@@ -18,6 +18,7 @@ from clipq.dist.stop import Stop
 from clipq.eval.common import Encoder, Evaluator
 from clipq.log.console import Console
 from clipq.log.writers import Row, Writer
+from clipq.loss.contrastive import contrastive_loss
 from clipq.train.checkpoint import Checkpoints
 from clipq.train.graph import Graphed
 from clipq.train.guard import Guard
@@ -113,6 +114,8 @@ class Run:
     """Of one pair, forward and backward."""
     guard: Guard
     watch: Watch
+    loss: Callable[..., tuple[Tensor, Tensor]] = contrastive_loss
+    """Features of images and of texts, logit scale and, if the model has one, logit bias -> loss and largest logit."""
     graph: Graphed | None = None
     """`forward_backward` of this run as a CUDA graph; None calls it as it is."""
     clip_norm: float | None = None

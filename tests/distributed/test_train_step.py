@@ -20,7 +20,7 @@ from tests.helpers import TINY_ARCH, colour_shards, run_distributed, tiny_arch
 STEPS = 4
 
 
-def job_in(folder: Path) -> TrainJob:
+def job_in(folder: Path, loss: str) -> TrainJob:
     from hydra import compose, initialize_config_dir
 
     from clipq.config.hydra import configs_dir
@@ -37,6 +37,7 @@ def job_in(folder: Path) -> TrainJob:
                 "backend=fp32",
                 f"steps={STEPS}",
                 "optim.clip_norm=1.0",
+                f"loss={loss}",
             ],
         )
     return to_job(cfg, TrainJob)
@@ -75,9 +76,9 @@ def train_on(run: Run) -> dict[str, Any]:
     return {"losses": torch.stack(losses), "gradients": gradients, "weights": weights}
 
 
-def rank_of_two(folder: str) -> None:
+def rank_of_two(folder: str, loss: str) -> None:
     with distributed("cpu") as env:
-        run = build_run(job_in(Path(folder)), env, Path(folder) / "run", "", Console(enabled=False))
+        run = build_run(job_in(Path(folder), loss), env, Path(folder) / "run", "", Console(enabled=False))
         drawn = torch.rand(8)
         torch.save({"drawn": drawn, **train_on(run)}, f"{folder}/{env.rank}.pt")
         require_finite_weights(run)
@@ -87,17 +88,18 @@ def rank_of_two(folder: str) -> None:
             require_finite_weights(run)
 
 
-def test_two_processes_equal_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("loss", ["softmax", "siglip"])
+def test_two_processes_equal_one(loss: str, tmp_path: Path) -> None:
     colour_shards(tmp_path, [30, 30])
     tiny_arch(tmp_path)
-    run_distributed(rank_of_two, 2, str(tmp_path))
+    run_distributed(rank_of_two, 2, str(tmp_path), loss)
     ranks = [torch.load(tmp_path / f"{r}.pt") for r in range(2)]
     for rank, found in enumerate(ranks):  # what dropout draws from: the seed's own on each rank, never the same
-        torch.manual_seed(job_in(tmp_path).seed + rank)
+        torch.manual_seed(job_in(tmp_path, loss).seed + rank)
         assert torch.equal(found["drawn"], torch.rand(8))
     assert not torch.equal(ranks[0]["drawn"], ranks[1]["drawn"])
     with distributed("cpu") as env:
-        run = build_run(job_in(tmp_path), env, tmp_path / "run1", "", Console(enabled=False))
+        run = build_run(job_in(tmp_path, loss), env, tmp_path / "run1", "", Console(enabled=False))
         start = {n: p.detach().clone() for n, p in run.state.model.named_parameters()}
         one = train_on(run)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import platform
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from clipq.build import build_model, build_optimizer, build_schedule
 from clipq.build_backend import convert, warn_of_slow_bf16
 from clipq.build_data import build_captions, build_filter, build_stream, find_sources
 from clipq.config.checks import ConfigError
-from clipq.config.choices import Decay, Fp8, Optimizer, Precision, Recipe
+from clipq.config.choices import Decay, Fp8, Loss, Optimizer, Precision, Recipe
 from clipq.config.data import AugmentConfig, CaptionConfig, DataConfig, FilterConfig, SourceConfig
 from clipq.config.groups import BackendConfig, LogConfig, ModelConfig, OptimConfig, ScheduleConfig
 from clipq.config.schema import TrainJob
@@ -46,6 +48,24 @@ def test_optimizer(arch: Path) -> None:
     assert {n for n, p in model.named_parameters() if p.ndim >= 2} == set(decayed["param_names"])
     held = {id(p) for group in (decayed, plain) for p in group["params"]}
     assert held == {id(p) for p in model.parameters()}
+
+
+def test_siglip_gives_a_model_a_logit_bias(arch: Path, tmp_path: Path) -> None:
+    config = json.loads(arch.read_text())
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps(config | {"init_logit_bias": -3.0, "init_logit_scale": 1.0}))
+    for name, loss, bias, scale in (
+        (str(arch), Loss.softmax, None, math.log(1 / 0.07)),
+        (str(arch), Loss.siglip, -10, math.log(10)),
+        (str(own), Loss.siglip, -3, 1),
+        ("RN50", Loss.siglip, -10, math.log(10)),
+    ):
+        clip = build_model(ModelConfig(name=name), loss)
+        found: Any = clip.model
+        assert (found.logit_bias is None) is (bias is None)
+        assert bias is None or found.logit_bias.item() == bias
+        assert found.logit_scale.item() == pytest.approx(scale)
+        assert json.loads(clip.openclip_json())["model_cfg"].get("init_logit_bias") == bias, "evaluation needs it"
 
 
 def test_stable_adamw(arch: Path) -> None:

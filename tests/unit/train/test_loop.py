@@ -15,6 +15,7 @@ from clipq.dist.env import distributed
 from clipq.eval.common import Encoder, EvalError, EvalResult
 from clipq.log.writers import scalars
 from clipq.lowp.linear import LowpLinear
+from clipq.model.clip import create_model
 from clipq.optim.loss_scale import FixedLossScaler
 from clipq.train import events
 from clipq.train.loop import due, owed, train
@@ -78,6 +79,22 @@ def test_what_filters_leave_out_is_told(arch: Path, shards: list[str], caplog: p
     assert len(told) >= 3
     assert scalars(rows[-1] | {"filtered": {"json.n": 3}})["filtered/json.n"] == 3
     assert "filtered" not in read_metrics(Path("run"))[0] or counts[0]
+
+
+def test_siglip_trains_scale_and_bias(arch: Path, shards: list[str]) -> None:
+    """Its checkpoint is a SigLIP model of OpenCLIP, which only this loss trains on."""
+    run = run_of(arch, shards, "loss=siglip", "optim.lr=1e-2", "steps=20")
+    train(run)
+    rows = read_metrics(Path("run"))
+    assert rows[0]["logit_scale"] == pytest.approx(10)
+    assert rows[0]["loss"] == pytest.approx(10, abs=10)  # the matching pair's: the others have next to none
+    assert rows[-1]["loss"] < rows[0]["loss"] - 2
+    model = create_model("run/checkpoints/step_00000020/open_clip_config.json", pretrained="run").model
+    bias = model.state_dict()["logit_bias"]
+    assert torch.equal(bias, run.state.model.get_parameter("logit_bias").detach())
+    assert abs(bias + 10) > 0.01
+    with pytest.raises(ConfigError, match="choose loss=siglip"):
+        run_of(Path("run/checkpoints/step_00000020/open_clip_config.json"), shards)
 
 
 def test_clipping_bounds_the_update(arch: Path, shards: list[str]) -> None:
