@@ -154,6 +154,38 @@ def command_on_two_ranks(name: str, *overrides: str, cwd: Path) -> subprocess.Co
     )
 
 
+def start_ranks(*overrides: str, ranks: int, cwd: Path, output: Path) -> list[subprocess.Popen]:
+    """The processes of `clipq-train`, one for each rank, as a scheduler without torchrun starts them."""
+    environments = [{}]
+    if ranks > 1:
+        shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost"}
+        shared["MASTER_PORT"] = str(free_port())
+        environments = [shared | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(ranks)]
+    with output.open("w") as file:
+        return [
+            subprocess.Popen(
+                [sys.executable, "-m", "clipq.cli.train", *overrides],
+                cwd=cwd,
+                env=os.environ | {"OMP_NUM_THREADS": "1"} | own,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            for own in environments
+        ]
+
+
+def steps_done(folder: Path) -> int:
+    metrics = folder / "metrics.jsonl"
+    return metrics.read_text().count('"kind": "train"') if metrics.exists() else 0
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process has started and that run."""
+    found = [(path / "children").read_text().split() for path in Path(f"/proc/{pid}/task").iterdir()]
+    return [int(child) for part in found for child in part]
+
+
 def read_metrics(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if row["kind"] == kind]

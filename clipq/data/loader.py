@@ -14,6 +14,8 @@ import logging
 import math
 import mmap
 import random
+import signal
+import threading
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -302,7 +304,7 @@ def make_loader(
         prefetch: batches that each process keeps ready.
         pin_memory: stage batches for asynchronous copies to a GPU.
     """
-    return DataLoader(
+    return _Loader(
         dataset,
         batch_size=None,
         collate_fn=_as_it_is,
@@ -316,6 +318,20 @@ def make_loader(
         # resumed run would have other masks than an uninterrupted one.
         generator=torch.Generator(),
     )
+
+
+class _Loader(DataLoader):
+    """A process that was killed is found when a batch is asked for. torch would raise its error wherever this process
+    is at that moment: in the midst of a step, or of writing a checkpoint."""
+
+    def __iter__(self) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            return super().__iter__()
+        handler = signal.getsignal(signal.SIGCHLD)
+        try:
+            return super().__iter__()
+        finally:
+            signal.signal(signal.SIGCHLD, handler)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers import colour_shards, command, free_port, read_metrics, tiny_arch
+from tests.helpers import colour_shards, command, read_metrics, start_ranks, steps_done, tiny_arch
 
 pytestmark = pytest.mark.slow
 
@@ -46,35 +44,9 @@ def overrides(world: Path, name: str, workers: int) -> list[str]:
     ]
 
 
-def start(world: Path, settings: list[str], ranks: int) -> list[subprocess.Popen]:
-    """The processes of a run, one for each rank, as a scheduler starts them."""
-    port, output = str(free_port()), world / "output"
-    environments = [{}]
-    if ranks > 1:
-        shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost"}
-        environments = [shared | {"MASTER_PORT": port, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(ranks)]
-    with output.open("w") as file:
-        return [
-            subprocess.Popen(
-                [sys.executable, "-m", "clipq.cli.train", *settings],
-                cwd=world,
-                env=os.environ | {"OMP_NUM_THREADS": "1"} | own,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            for own in environments
-        ]
-
-
-def steps_done(folder: Path) -> int:
-    metrics = folder / "metrics.jsonl"
-    return metrics.read_text().count('"kind": "train"') if metrics.exists() else 0
-
-
 def killed_after(step: int, world: Path, settings: list[str], ranks: int, folder: Path) -> None:
     """Runs until so many steps are in the metrics, and kills every process."""
-    processes = start(world, settings, ranks)
+    processes = start_ranks(*settings, ranks=ranks, cwd=world, output=world / "output")
     deadline = time.monotonic() + 120
     while steps_done(folder) < step and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -85,7 +57,7 @@ def killed_after(step: int, world: Path, settings: list[str], ranks: int, folder
 
 
 def finished(world: Path, settings: list[str], ranks: int) -> None:
-    for process in start(world, settings, ranks):
+    for process in start_ranks(*settings, ranks=ranks, cwd=world, output=world / "output"):
         assert process.wait(timeout=120) == 0, (world / "output").read_text()
 
 

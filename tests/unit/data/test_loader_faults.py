@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from clipq.data.loader import batches
 from clipq.data.shards import DataError
 from clipq.data.source import Source
 from clipq.dist.env import DistEnv
-from tests.helpers import COLOURS, colour_samples, encode, picture, write_shard
+from tests.helpers import COLOURS, children, colour_samples, encode, picture, write_shard
 from tests.streams import TEXT, mixed, numbers, same, stream, taken
 
 
@@ -188,6 +189,19 @@ def test_a_killed_loader_process_ends_the_run(shards: list[str]) -> None:
     config = DataConfig(name="x", shards=shards)
     with pytest.raises(DataError, match=r"a loader process ended without a word .*data\.shuffle"):
         next(train_batches(stream(shards, transform=KillTheLoader((8, 8))), 1, config, env, None))
+
+
+def test_a_killed_loader_process_ends_no_step_midway(shards: list[str]) -> None:
+    """Whatever the training process does meanwhile, it is told when it asks for a batch."""
+    env = DistEnv(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"))
+    given = train_batches(stream(shards), 2, DataConfig(name="x", shards=shards), env, None)
+    next(given)
+    first, _ = children(os.getpid())
+    os.kill(first, signal.SIGKILL)
+    for _ in range(20):
+        time.sleep(0.01)
+    with pytest.raises(DataError, match=rf"a loader process ended without a word .*{first}"):
+        list(itertools.islice(given, 20))
 
 
 def test_warnings_of_workers_reach_the_log(tmp_path: Path) -> None:
