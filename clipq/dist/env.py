@@ -21,7 +21,7 @@ class DistEnv:
     local_rank: int
     local_world_size: int
     device: torch.device
-    store: dist.Store | None = None
+    store: dist.Store | None = None  # pyright: ignore[reportPrivateImportUsage]
     """What the ranks know without a collective."""
 
     @property
@@ -96,7 +96,8 @@ def distributed(device: str = "auto", *, timeout_minutes: float = 30.0) -> Itera
         torch.cuda.set_device(local_rank)
     timeout, store = timedelta(minutes=timeout_minutes), None
     if world_size > 1:
-        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+        meet = dist.rendezvous("env://", rank, world_size, timeout=timeout)  # pyright: ignore[reportPrivateImportUsage]
+        store, _, _ = next(meet)
         store.set_timeout(timeout)
     env = DistEnv(
         rank=rank,
@@ -111,7 +112,7 @@ def distributed(device: str = "auto", *, timeout_minutes: float = 30.0) -> Itera
         return
     dist.init_process_group(
         "nccl" if use_cuda else "gloo",
-        store=dist.PrefixStore("group", store),
+        store=dist.PrefixStore("group", store),  # pyright: ignore[reportPrivateImportUsage]
         rank=rank,
         world_size=world_size,
         timeout=timeout,
