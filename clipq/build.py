@@ -23,7 +23,7 @@ from clipq.config.choices import Loss, Optimizer, Precision, TaskKind, Wandb
 from clipq.config.groups import BackendConfig, EvalConfig, ModelConfig, OptimConfig, ParallelConfig, TaskConfig
 from clipq.config.hydra import configs_dir
 from clipq.config.schema import TrainJob
-from clipq.data.evalset import CaptionedShards, ImageFolder, LabelledShards
+from clipq.data.evalset import EvalShards, ImageFolder
 from clipq.data.loader import default_workers
 from clipq.data.order import usual_lanes
 from clipq.data.remote import RemoteError
@@ -154,7 +154,7 @@ def build_evaluators(config: EvalConfig) -> list[Evaluator]:
 
 def _evaluator(name: str, task: TaskConfig, examples: int) -> Evaluator:
     if task.kind is TaskKind.retrieval:
-        source = CaptionedShards(expand(task.shards), build_captions(task.caption), task.image)
+        source = EvalShards(expand(task.shards), build_captions(task.caption).all, task.image)
         return Retrieval(name, source, examples)
     assert task.classnames is not None  # the schema refuses such a task
     assert task.templates is not None
@@ -167,7 +167,7 @@ def _evaluator(name: str, task: TaskConfig, examples: int) -> Evaluator:
                 f"names {len(classnames)} classes: class n is the n-th sub-folder"
             )
     else:
-        source = LabelledShards(expand(task.shards), task.image)
+        source = EvalShards(expand(task.shards), image=task.image)
     return ZeroShot(
         name,
         source,

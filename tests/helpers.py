@@ -175,6 +175,17 @@ def start_ranks(world: Path, settings: list[str], ranks: int) -> list[subprocess
         ]
 
 
+def steps_done(folder: Path) -> int:
+    metrics = folder / "metrics.jsonl"
+    return metrics.read_text().count('"kind": "train"') if metrics.exists() else 0
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process has started and that run."""
+    found = [(path / "children").read_text().split() for path in Path(f"/proc/{pid}/task").iterdir()]
+    return [int(child) for part in found for child in part]
+
+
 def read_metrics(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if row["kind"] == kind]

@@ -115,10 +115,15 @@ def _train(job: TrainJob, folder: Path, yaml: str, env: DistEnv, stop: Stop) -> 
     except (DivergedError, EvalError, CheckpointError) as error:  # on every rank at once: rank 0 speaks for all
         log.log(logging.ERROR if env.is_main else logging.WARNING, "%s", error)
         raise SystemExit(1) from error
-    except DataError as error:
+    except DataError as error:  # of one rank
         log.error("%s", error)
+        env.tell_why(str(error))
         raise SystemExit(1) from error
     except Exception as error:
+        if (why := env.why()) is not None:
+            log.warning("this rank ends since another did: %s", why)
+            raise SystemExit(1) from error
+        env.tell_why(f"{type(error).__name__}: {error}")
         if disk_is_full(error):
             log.error("%s: the disk is full: make room, and the same command goes on from the last checkpoint", folder)
             raise SystemExit(1) from error

@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from clipq.data.decode import Captions, decode_pil
-from clipq.data.shards import BrokenShardError, Damage, log_damage, member, share_of_lane
+from clipq.data.decode import decode_pil
+from clipq.data.shards import BrokenShardError, Damage, Sample, log_damage, member, share_of_lane
 
 log = logging.getLogger(__name__)
 
@@ -72,48 +72,39 @@ class _Broken:
             yield damage.shard, b"", BrokenShardError(damage.text)
 
 
+def label_of(sample: Sample) -> int:
+    """The number of the class, from the `cls` member.
+
+    Raises:
+        ValueError: there is none.
+    """
+    label = member(sample, "cls")
+    if label is None:
+        raise ValueError("no cls member")
+    try:
+        return int(label)
+    except ValueError:
+        raise ValueError(f"its cls member {label[:20]!r} is not a class number") from None
+
+
 @dataclass(frozen=True)
-class LabelledShards:
-    """Shards of image + `cls`, the number of the class."""
+class EvalShards:
+    """Shards of images and of what belongs to them."""
 
     shards: list[str]
+    target: Callable[[Sample], Any] = label_of
+    """What belongs to the image of a sample, such as `Captions.all`; or a ValueError that says why there is nothing."""
     image: str = "jpg;jpeg;png;webp"
 
     def share(self, lane: int, lanes: int) -> Iterator[tuple[str, bytes, Any]]:
         broken = _Broken()
         for shard, _, sample in share_of_lane(self.shards, lane=lane, lanes=lanes, on_damage=broken.note):
-            name = f"{sample['__key__']} of {shard}"
-            data, label = member(sample, self.image), member(sample, "cls")
-            if data is None or label is None:
-                yield name, b"", ValueError(f"no {'image' if data is None else 'cls'} member")
-                continue
-            try:
-                yield name, data, int(label)
-            except ValueError:
-                yield name, b"", ValueError(f"its cls member {label[:20]!r} is not a class number")
-        yield from broken.faults()
-
-
-@dataclass(frozen=True)
-class CaptionedShards:
-    """Shards of image + captions."""
-
-    shards: list[str]
-    captions: Captions
-    image: str = "jpg;jpeg;png;webp"
-
-    def share(self, lane: int, lanes: int) -> Iterator[tuple[str, bytes, Any]]:
-        broken = _Broken()
-        for shard, _, sample in share_of_lane(self.shards, lane=lane, lanes=lanes, on_damage=broken.note):
-            name = f"{sample['__key__']} of {shard}"
             data = member(sample, self.image)
-            if data is None:
-                yield name, b"", ValueError("no image member")
-                continue
             try:
-                yield name, data, self.captions.all(sample)
+                target = ValueError("no image member") if data is None else self.target(sample)
             except ValueError as error:
-                yield name, b"", error
+                target = error
+            yield f"{sample['__key__']} of {shard}", data or b"", target
         yield from broken.faults()
 
 

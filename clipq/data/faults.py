@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from clipq.data.shards import DataError
+from clipq.data.shards import DataError, log_damage
+from clipq.data.tar import Damage
 
 GRACE = 5
 """Faults of a kind that every run may have: one in the first ten samples is no sign of anything."""
@@ -31,7 +32,11 @@ class Faults:
     last: str = ""
     """The last fault, in words."""
     filtered: Counter[str] = field(default_factory=Counter)
-    """Samples that filters left out, by reason. They are no faults."""
+    """Samples that were left out, by reason. They are no faults."""
+    sources: Counter[str] = field(default_factory=Counter)
+    """Samples that were asked for, by source."""
+    damage: list[Damage] = field(default_factory=list)
+    """What is wrong with shards, each time that one was opened."""
 
     @property
     def total(self) -> int:
@@ -68,3 +73,18 @@ class Faults:
                     f"{lost:,} of the last {of:,} {what} could not be read, at last {self.last} (see the warnings): "
                     f"mend the data, or set data.max_lost, now {most:g}, to the share that may be lost"
                 )
+
+
+class Named:
+    """Names damaged shards in the log, each once: a pass after the other, and several lanes, may come to it."""
+
+    def __init__(self) -> None:
+        self._seen: set[tuple[str, ...]] = set()
+
+    def add(self, found: list[Damage]) -> None:
+        for damage in found:
+            # the words of an error may change with each try
+            key = damage[:2] if damage.kind == "damaged" else damage
+            if key not in self._seen:
+                self._seen.add(key)
+                log_damage(damage)

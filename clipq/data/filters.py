@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeGuard
 
 from clipq.data.decode import Captions, stored_size
-from clipq.data.shards import DataError, LeftOut, Sample, member
+from clipq.data.shards import LACKING, DataError, LeftOut, Sample, member
 
 LOOK = 10_000
 """Samples of which one has to be left, before a run begins."""
@@ -131,6 +131,11 @@ def require_some(samples: Iterable[Sample | LeftOut | None]) -> None:
 
 def all_left_out(left_out: Counter[str]) -> str:
     """The message."""
+    if left_out.keys() <= set(LACKING):
+        return (
+            f"none of {left_out.total():,} samples has an image and a caption: {told(left_out)}. Check data.image and "
+            "data.caption.field"
+        )
     return (
         f"the filter leaves out all of {left_out.total():,} samples: {told(left_out)}. Loosen data.filter, or "
         "the filter of the source; clipq-data stats shows what samples are like"

@@ -15,6 +15,7 @@ import math
 import mmap
 import random
 import signal
+import threading
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,11 +26,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from clipq.data.decode import TrainTransform
-from clipq.data.faults import Faults
+from clipq.data.faults import Faults, Named
 from clipq.data.filters import all_left_out
 from clipq.data.order import AllLeftOutError, Item, Lane, Mix, Order, Place
 from clipq.data.parallel import cores
-from clipq.data.shards import DataError
+from clipq.data.shards import LACKING, DataError
 from clipq.data.source import Source
 
 log = logging.getLogger(__name__)
@@ -120,8 +121,13 @@ class TrainStream:
 
     @property
     def reasons(self) -> list[str]:
-        """For which filters may leave samples out."""
-        return list(dict.fromkeys(reason for source in self.sources for reason in source.filter.reasons))
+        """For which samples may be left out."""
+        return list(dict.fromkeys([*LACKING, *(reason for s in self.sources for reason in s.filter.reasons)]))
+
+    @property
+    def names(self) -> list[str]:
+        """Of the sources, where there are several."""
+        return [source.name for source in self.sources] if len(self.sources) > 1 else []
 
     def starting_at(self, place: StreamPlace) -> TrainStream:
         """The same stream from a place on."""
@@ -135,9 +141,9 @@ class TrainStream:
         """Writes the part of every batch that a loader process makes, the n-th into slot n mod slots.
 
         What comes of it is {"at": [n] where in the batch, "key": [n], "lanes": [lanes of the process][sources] their
-        places after it, "faults": of this part}. Where the data cannot be gone on with, the last is {"error": why}: an
-        error that crosses from a process gets its traceback into the message, and is in a cycle that keeps the other
-        processes until it is collected.
+        places after it, "faults": of this part}. Where the data cannot be gone on with, the last is {"error": why,
+        "faults"}: an error that crosses from a process gets its traceback into the message, and is in a cycle that
+        keeps the other processes until it is collected.
         """
         assert self.place is not None
         count = len(self.place.lanes)
@@ -155,7 +161,7 @@ class TrainStream:
                     slots.image[slot, n], slots.text[slot, n] = image, text
                     keys.append(key)
             except DataError as error:
-                yield {"error": str(error)}
+                yield {"error": str(error), "faults": faults.taken()}
                 return
             places = [[tuple(lane.place) for lane in mix.lanes] for mix in lanes.values()]
             yield {"at": at, "key": keys, "lanes": places, "faults": faults.taken()}
@@ -191,6 +197,7 @@ class TrainStream:
         except AllLeftOutError as error:
             raise DataError(f"{self.sources[error.source].setting}: {all_left_out(error.left_out)}") from error
         faults.samples += 1
+        faults.sources[self.sources[lane.order.source].name] += 1
         faults.filtered.update(item.left_out)
         try:
             return self._made(lane, item, encode)
@@ -239,7 +246,7 @@ class _Parts(IterableDataset):
         parts = self.stream.parts(self.slots, *((info.id, info.num_workers) if info else (0, 1)))
         # It has no end, whatever happens: torch would give the tasks of a process that has come to its end to others,
         # which then write to batches that are not taken yet.
-        return iter(lambda: next(parts, {"error": "a loader process has ended before"}), None)
+        return iter(lambda: next(parts, {"error": "a loader process has ended before", "faults": Faults()}), None)
 
 
 def batches(
@@ -247,7 +254,7 @@ def batches(
 ) -> Generator[dict[str, Any]]:
     """Endless batches of a rank, {"image": [B, 3, H, W] uint8, "text": [B, context] int32, "key": [B], "place": where
     the rank is after it, "lost": samples and shards that could not be read meanwhile, "filtered": {reason: samples left
-    out by a filter} of those that it came to, with each reason that the filters have}.
+    out} of those that it came to, with each reason that there may be, "sources": {name: samples} if several}.
 
     A key is the shard that a sample is from and its key in there, `train/00007.tar/000123`.
 
@@ -260,7 +267,7 @@ def batches(
     Raises:
         DataError: training cannot go on with this data.
     """
-    faults = Faults()
+    faults, named = Faults(), Named()
     place = stream.place
     assert place is not None
     # A process begins a part when the one `prefetch` before is taken here; the batch before that is copied by then.
@@ -269,14 +276,15 @@ def batches(
     for slot in itertools.cycle(range(len(slots.image))):
         parts = [next(loader) for _ in range(max(1, workers))]
         for part in parts:
+            faults.add(part["faults"])
+            named.add(part["faults"].damage)
+        for part in parts:
             if "error" in part:
                 raise DataError(part["error"])
         lanes = torch.empty_like(place.lanes)
         for worker, part in enumerate(parts):
             lanes[worker :: len(parts)] = torch.tensor(part["lanes"])
         place = StreamPlace(place.drawn + stream.batch_size * stream.world_size, lanes)
-        for part in parts:
-            faults.add(part["faults"])
         faults.check(max_lost)
         keys: dict[int, str] = {n: key for part in parts for n, key in zip(part["at"], part["key"], strict=True)}
         yield {
@@ -285,6 +293,7 @@ def batches(
             "place": place,
             "lost": sum(part["faults"].total for part in parts),
             "filtered": {r: sum(part["faults"].filtered[r] for part in parts) for r in stream.reasons},
+            "sources": {name: sum(part["faults"].sources[name] for part in parts) for name in stream.names},
         }
 
 
@@ -303,7 +312,7 @@ def make_loader(
         prefetch: batches that each process keeps ready.
         pin_memory: stage batches for asynchronous copies to a GPU.
     """
-    return DataLoader(
+    return _Loader(
         dataset,
         batch_size=None,
         collate_fn=_as_it_is,
@@ -317,6 +326,20 @@ def make_loader(
         # resumed run would have other masks than an uninterrupted one.
         generator=torch.Generator(),
     )
+
+
+class _Loader(DataLoader):
+    """A process that was killed is found when a batch is asked for. torch would raise its error wherever this process
+    is at that moment: in the midst of a step, or of writing a checkpoint."""
+
+    def __iter__(self) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            return super().__iter__()
+        handler = signal.getsignal(signal.SIGCHLD)
+        try:
+            return super().__iter__()
+        finally:
+            signal.signal(signal.SIGCHLD, handler)
 
 
 def _as_it_is(batch: Any) -> Any:

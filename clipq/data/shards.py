@@ -27,9 +27,13 @@ Sample = dict[str, Any]
 
 
 class LeftOut(NamedTuple):
-    """Stands for a sample that a filter leaves out."""
+    """Stands for a sample that lacks a member, or that a filter leaves out."""
 
     reason: str
+
+
+LACKING = ("no image", "no caption")
+"""Reasons to leave a sample out without a filter: what is wanted of it, in this order."""
 
 
 class DataError(ValueError):
@@ -157,19 +161,18 @@ def read_part(
     parts: int = 1,
     first: int = 0,
     count: int | None = None,
-    tell: bool = False,
     cache: Cache | None = None,
     reason: Callable[[Sample], str | None] | None = None,
     on_damage: Callable[[Damage], None] = log_damage,
 ) -> Iterator[tuple[int, Sample | LeftOut | None]]:
-    """(index in the shard, sample) of a shard's samples that have what is wanted, in the order of the file.
+    """(index in the shard, sample) of a shard's samples, in the order of the file.
 
     Args:
-        wanted: alternatives of member extensions, each separated by semicolons; a sample counts that has one of each.
-        part: of these samples those whose index mod `parts` is this.
+        wanted: member extensions of the image and of the caption, alternatives separated by semicolons; a sample
+            without one of each is left out.
+        part: of the samples those whose index mod `parts` is this.
         first: and is no less than this.
         count: samples that the shard ought to hold, if that is known; None comes for each that is missing at its end.
-        tell: log how many samples lack something.
         cache: where remote shards are kept.
         reason: why a filter leaves a sample out, None where it does not; sees every member. With a filter, nothing
             comes for samples that are missing: it might have left them out.
@@ -177,26 +180,23 @@ def read_part(
     """
     names = {"__key__", "__url__", *(name for alternatives in wanted for name in alternatives.split(";"))}
     seen: set[str] = set()
-    found, left_out, damage, index = 0, Counter[str](), [], -1
+    found, damage, index = False, [], -1
 
     def damaged(fault: Damage) -> None:
         damage.append(fault)
         on_damage(fault)
 
     for index, sample in enumerate(read_shard(shard, cache=cache, on_damage=damaged)):
-        missing = [w for w in wanted if member(sample, w) is None]
-        if missing:
-            left_out[" and ".join(missing)] += 1
+        why = next((lack for lack, w in zip(LACKING, wanted, strict=True) if member(sample, w) is None), None)
+        if why is None:
+            found = True
+        else:
             seen.update(k for k in sample if not k.startswith("__"))
-            continue
-        found += 1
         if index >= first and index % parts == part:
-            why = reason(sample) if reason else None
+            why = why or (reason(sample) if reason else None)
             yield index, LeftOut(why) if why else {name: value for name, value in sample.items() if name in names}
     if seen and not found:
         on_damage(Damage(shard, "damaged", _not_wanted(wanted, seen)))
-    if left_out and tell:
-        _warn_of_left_out(shard, left_out, found)
     missing = range(index + 1, count or 0)
     if missing and not any(fault.kind == "damaged" for fault in damage):
         text = f"it holds {index + 1:,} samples, where the manifest in its folder says {count:,}"
@@ -205,15 +205,11 @@ def read_part(
         yield from ((index, None) for index in missing if index >= first and index % parts == part)
 
 
-def _warn_of_left_out(shard: str, left_out: Counter[str], found: int) -> None:
-    count = left_out.total()
-    why = ", ".join(f"{n} without {what}" for what, n in left_out.items())
-    log.warning("shard %s: %d of its %d samples are left out: %s", shard, count, count + found, why)
-
-
 def check_members(shards: list[str], wanted: tuple[str, ...], captions: Callable[[Sample], list[str]]) -> None:
     """Looks at the first samples of the first readable shard that is a file, so that a wrong setting is found before
     training.
+
+    What is wrong with shards is told where it is an error: training tells it when it comes to them.
 
     Args:
         wanted: as in `read_part`.
@@ -226,9 +222,10 @@ def check_members(shards: list[str], wanted: tuple[str, ...], captions: Callable
     for shard in (s for s in shards if is_url(s)):
         require_protocol(shard)
     seen: set[str] = set()
+    damage: list[Damage] = []
     for shard in (s for s in shards if not is_url(s)):
         fault = None
-        for sample in itertools.islice(read_shard(shard), 100):
+        for sample in itertools.islice(read_shard(shard, on_damage=damage.append), 100):
             if all(member(sample, w) is not None for w in wanted):
                 try:
                     captions(sample)
@@ -241,6 +238,8 @@ def check_members(shards: list[str], wanted: tuple[str, ...], captions: Callable
         if seen:
             raise DataError(f"shard {shard}: {_not_wanted(wanted, seen)}")
     if not any(is_url(s) for s in shards):
+        for found in damage:
+            log_damage(found)
         where = shards[0] if len(shards) == 1 else f"any of {len(shards)} shards, such as {shards[0]}"
         raise DataError(
             f"no sample could be read from {where}: expected .tar or .tar.gz files of images and captions "

@@ -20,7 +20,6 @@ from clipq.data.shards import (
     LeftOut,
     Sample,
     check_members,
-    log_damage,
     member,
     read_part,
     spread,
@@ -50,6 +49,10 @@ class Source:
     tables: list[TableShards] | None = None
     """Where the shards are those of tables, in this order."""
 
+    @property
+    def name(self) -> str:
+        return self.setting.removeprefix("data.sources.")
+
     def check(self) -> None:
         """Looks at the first samples.
 
@@ -74,17 +77,17 @@ class Source:
             return
         files, each = spread([shard for shard in self.shards if not is_url(shard)], filters.LOOK)
         for shard in files:
-            for _, found in itertools.islice(read_part(shard, self._wanted, reason=self._reason), each):
-                yield found
+            samples = read_part(shard, self._wanted, reason=self._reason, on_damage=lambda _: None)
+            yield from (found for _, found in itertools.islice(samples, each))
 
     def read(
         self, order: Order, faults: Faults, visit: Visit, first: int
     ) -> Iterator[tuple[int, Sample | LeftOut | None]]:
-        """(index, sample) of the samples of a visit from an index on; faults are logged and counted."""
+        """(index, sample) of the samples of a visit from an index on; faults are noted and counted."""
         faults.shards += 1
 
         def damaged(damage: Damage) -> None:
-            log_damage(damage)
+            faults.damage.append(damage)
             if damage.kind == "damaged":
                 faults.broken += 1
                 faults.last = damage.shard
@@ -99,7 +102,6 @@ class Source:
             parts=order.parts,
             first=first,
             count=self.counts[visit.shard] if self.counts else None,
-            tell=visit.round == 0 and visit.part == 0,
             cache=self.cache,
             reason=self._reason,
             on_damage=damaged,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -21,6 +21,8 @@ class DistEnv:
     local_rank: int
     local_world_size: int
     device: torch.device
+    store: dist.Store | None = None  # pyright: ignore[reportPrivateImportUsage]
+    """What the ranks know without a collective."""
 
     @property
     def is_main(self) -> bool:
@@ -42,6 +44,24 @@ class DistEnv:
         dist.broadcast(tensor, src=0)
         return bool(tensor.item())
 
+    def tell_why(self, why: str) -> None:
+        """Leaves word of why this rank ends, for those that find it gone in the midst of a collective."""
+        if self.store is not None:
+            with contextlib.suppress(RuntimeError):
+                self.store.compare_set(_WHY, "", f"rank {self.rank}: {why}")  # the first rank has caused the others
+
+    def why(self) -> str | None:
+        """Which rank was the first to end, and why; None where none has said so."""
+        if self.store is None:
+            return None
+        try:
+            return self.store.get(_WHY).decode() if self.store.check([_WHY]) else None
+        except RuntimeError:  # without torchrun the store is rank 0's
+            return "rank 0 is gone; its log says why"
+
+
+_WHY = "clipq/why"
+
 
 def world_size_from_environment() -> int:
     """Number of processes that torchrun started; 1 without torchrun."""
@@ -55,7 +75,7 @@ def cuda_capability() -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
-@contextmanager
+@contextlib.contextmanager
 def distributed(device: str = "auto", *, timeout_minutes: float = 30.0) -> Iterator[DistEnv]:
     """Joins the process group that torchrun's environment variables describe, and leaves it at the end.
 
@@ -74,19 +94,28 @@ def distributed(device: str = "auto", *, timeout_minutes: float = 30.0) -> Itera
                 f"{local_world_size} processes on this node; lower --nproc_per_node"
             )
         torch.cuda.set_device(local_rank)
+    timeout, store = timedelta(minutes=timeout_minutes), None
+    if world_size > 1:
+        meet = dist.rendezvous("env://", rank, world_size, timeout=timeout)  # pyright: ignore[reportPrivateImportUsage]
+        store, _, _ = next(meet)
+        store.set_timeout(timeout)
     env = DistEnv(
         rank=rank,
         world_size=world_size,
         local_rank=local_rank,
         local_world_size=local_world_size,
         device=torch.device("cuda", local_rank) if use_cuda else torch.device("cpu"),
+        store=store,
     )
-    if not env.is_distributed:
+    if store is None:
         yield env
         return
     dist.init_process_group(
         "nccl" if use_cuda else "gloo",
-        timeout=timedelta(minutes=timeout_minutes),
+        store=dist.PrefixStore("group", store),  # pyright: ignore[reportPrivateImportUsage]
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
         device_id=env.device if use_cuda else None,
     )
     try:

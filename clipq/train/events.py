@@ -39,9 +39,10 @@ def flush(run: Run, meter: Meter, *, show: bool) -> bool:
     pending = run.pending.copy()
     run.pending.clear()
     numbers = torch.stack([p.numbers for p in pending])
-    unused = torch.tensor([[p.lost, *p.filtered.values()] for p in pending], device=numbers.device)
+    counts = [[p.lost, *p.filtered.values(), *p.sources.values()] for p in pending]
+    counts = torch.tensor(counts, device=numbers.device)
     if run.env.is_distributed:
-        dist.all_reduce(unused)
+        dist.all_reduce(counts)
         for columns, how in (([2], dist.ReduceOp.MAX), ([3, 4], dist.ReduceOp.MIN)):  # loss and norm are the whole's
             part = numbers[:, columns]
             dist.all_reduce(part, how)
@@ -53,10 +54,12 @@ def flush(run: Run, meter: Meter, *, show: bool) -> bool:
     events: list[Row] = []
     bad: list[Row] = []
     run.refused = False
-    for p, values, (lost, *counts) in zip(pending, numbers.tolist(), unused.tolist(), strict=True):
+    for p, values, (lost, *of_batch) in zip(pending, numbers.tolist(), counts.tolist(), strict=True):
         if lost:
             p.row["lost"] = lost
-        filtered = {reason: count for reason, count in zip(p.filtered, counts, strict=True) if count}
+        if p.sources:
+            p.row["sources"] = dict(zip(p.sources, of_batch[len(p.filtered) :], strict=True))
+        filtered = {reason: count for reason, count in zip(p.filtered, of_batch, strict=False) if count}
         if filtered:
             p.row["filtered"] = filtered
         run.filtered.add(filtered, run.batch_size)

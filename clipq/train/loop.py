@@ -160,7 +160,7 @@ def train_step(run: Run, batch: dict[str, Any], lr: float) -> Pending:
         logit_scale.clamp_(0, math.log(run.max_logit_scale))
     row = {"kind": "train", "step": step, "lr": lr}
     numbers = torch.cat((numbers, torch.stack((norm, bad.float()))))
-    return Pending(row, numbers, norms, watched, batch["key"], batch["lost"], batch["filtered"])
+    return Pending(row, numbers, norms, watched, batch["key"], batch["lost"], batch["filtered"], batch["sources"])
 
 
 def left_out(run: Run, scaler: FixedLossScaler) -> None:

@@ -58,12 +58,14 @@ class Pending:
     lost: int
     """Samples and shards that could not be read meanwhile, on this rank."""
     filtered: dict[str, int]
-    """Samples that filters left out meanwhile on this rank, for each reason that there may be."""
+    """Samples that were left out meanwhile on this rank, for each reason that there may be."""
+    sources: dict[str, int]
+    """Samples of each source in this rank's batch, where there are several."""
 
 
 @dataclass
 class Filtered:
-    """What filters have left out since this process began, on all ranks."""
+    """What was left out since this process began, on all ranks."""
 
     since: int
     """Step at which it began."""
@@ -84,7 +86,7 @@ class Filtered:
             return None
         self.told = self.kept
         whole = count + self.kept
-        return f"filters left out {count:,} of {whole:,} samples since step {self.since}: {told(self.reasons)}"
+        return f"{count:,} of {whole:,} samples were left out since step {self.since}: {told(self.reasons)}"
 
 
 @dataclass

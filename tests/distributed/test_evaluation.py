@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from clipq.data.decode import Captions
-from clipq.data.evalset import CaptionedShards, LabelledShards
+from clipq.data.evalset import EvalShards
 from clipq.dist.env import distributed
 from clipq.eval.retrieval import Retrieval
 from clipq.eval.zero_shot import ZeroShot, build_classifier
@@ -26,10 +26,10 @@ def tasks(folder: Path) -> dict[str, Any]:
     sources = {"many": many, "two": many[:2], "one image": [str(folder / "one.tar")], "faults": [str(folder / "x.tar")]}
     found: dict[str, Any] = {}
     for name, shards in sources.items():
-        labels = LabelledShards(shards)
+        labels = EvalShards(shards)
         found[f"zero-shot {name}"] = ZeroShot(name, labels, CLASSES, TEMPLATES, {"some": [1, 2]}, examples=3)
-        found[f"retrieval {name}"] = Retrieval(name, CaptionedShards(shards, Captions("txt", lines=True)), examples=3)
-    few = LabelledShards([str(folder / "few.tar")])
+        found[f"retrieval {name}"] = Retrieval(name, EvalShards(shards, Captions("txt", lines=True).all), examples=3)
+    few = EvalShards([str(folder / "few.tar")])
     found["two classes"] = ZeroShot("few", few, CLASSES[:2], TEMPLATES)
     return found
 
@@ -52,10 +52,10 @@ def on_every_rank(folder: str) -> None:
             torch.testing.assert_close(build_classifier(fake_encoder(env), CLASSES[:count], TEMPLATES), weights)
 
         # One rank alone meets the fault; all of them say it, and none is left waiting.
-        strange = LabelledShards([str(Path(folder) / "strange.tar")])
+        strange = EvalShards([str(Path(folder) / "strange.tar")])
         with pytest.raises(ValueError, match="an image has class 12, but the 7 class names"):
             ZeroShot("strange", strange, CLASSES, TEMPLATES).run(fake_encoder(env))
-        nothing = CaptionedShards([str(Path(folder) / "nothing.tar")], Captions("txt"))
+        nothing = EvalShards([str(Path(folder) / "nothing.tar")], Captions("txt").all)
         with pytest.raises(ValueError, match="no image could be read"):
             Retrieval("nothing", nothing).run(fake_encoder(env))
         env.barrier()

@@ -53,6 +53,7 @@ def whole_batches() -> list[dict[str, Any]]:
             "key": [str(n) for n in range(12)],
             "lost": 0,
             "filtered": {},
+            "sources": {},
         }
         for _ in range(STEPS)
     ]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers import colour_shards, command, read_metrics, start_ranks, tiny_arch
+from tests.helpers import colour_shards, command, read_metrics, start_ranks, steps_done, tiny_arch
 
 pytestmark = pytest.mark.slow
 
@@ -42,11 +42,6 @@ def overrides(world: Path, name: str, workers: int) -> list[str]:
         *(f"model.name={world}/tiny.json", "batch_size=16", f"steps={STEPS}", "schedule.warmup=5", "optim.lr=1e-3"),
         *("backend=fp32", "log.every=1", "checkpoint.every=1", f"name={name}"),
     ]
-
-
-def steps_done(folder: Path) -> int:
-    metrics = folder / "metrics.jsonl"
-    return metrics.read_text().count('"kind": "train"') if metrics.exists() else 0
 
 
 def killed_after(step: int, world: Path, settings: list[str], ranks: int, folder: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from clipq.dist.stop import SAME
-from tests.helpers import free_port, read_metrics, start_ranks
+from tests.helpers import free_port, read_metrics, start_ranks, steps_done
 
 STEPS = 60
 SECONDS = 60
@@ -37,11 +37,6 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.005)
-
-
-def steps_done(folder: Path) -> int:
-    metrics = folder / "metrics.jsonl"
-    return metrics.read_text().count('"kind": "train"') if metrics.exists() else 0
 
 
 def ended(processes: list[subprocess.Popen], world: Path) -> tuple[list[int], str]:

@@ -206,6 +206,31 @@ def test_shuffling_is_thorough() -> None:
     assert neighbours.mean() == pytest.approx(512 / 3, rel=0.15), "of two places drawn independently"
 
 
+def test_nothing_is_left_of_the_order_of_files() -> None:
+    """In the blocks of all lanes over four passes; and each shard comes in an order of its own in each pass."""
+    samples, order, growing = [300] * 24, Order(24, 8, 3, 256), 16 + 32 + 64 + 128
+    correlations: list[float] = []
+    served: dict[tuple[int, int], list[int]] = {}
+    for lane in range(8):
+        count = growing + 14 * 256
+        found = drawn(lane_of(samples, order, lane), count)
+        read = {at: n for n, at in enumerate(drawn(lane_of(samples, Order(24, 8, 3, 1), lane), count))}
+        for at in range(growing, count, 256):
+            places = [read[sample] for sample in found[at : at + 256]]
+            correlations.append(np.corrcoef(places, np.arange(256))[0, 1])  # of ranks: a block is read without gaps
+        for number, shard, index in found:
+            served.setdefault((shard, number), []).append(index)
+    assert abs(np.mean(correlations)) < 0.02, "112 of about 0 +- 1/16"
+    assert np.abs(correlations).max() < 0.25
+    whole = {at: indices for at, indices in served.items() if len(indices) == 300}
+    assert len(whole) > 80
+    for (shard, number), indices in whole.items():
+        assert np.mean(np.diff(indices) == 1) < 0.06, "of neighbours in the file few are neighbours"
+        again = whole.get((shard, number + 1))
+        if again is not None:
+            assert np.mean(np.array(indices) == np.array(again)) < 0.05
+
+
 def test_usual_lanes() -> None:
     assert [usual_lanes(n, 1) for n in (1, 5, 6, 15, 47, 1000)] == [1, 4, 6, 12, 32, 96]
     assert [usual_lanes(15, ranks) for ranks in (2, 3, 5, 8, 64)] == [12, 12, 15, 16, 64]

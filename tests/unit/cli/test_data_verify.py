@@ -119,17 +119,6 @@ def test_verify_finds_a_planted_fault_and_nothing_else(kind: str, data: Path, ca
         assert "sample 2, from 0, has that of sample 3 there" in told[kind]
 
 
-def test_verify_finds_all_faults_at_once(data: Path, capsys: pytest.CaptureFixture) -> None:
-    """But for a missing shard, which an index that is written anew forgets, and the plants that are made for 00007."""
-    planted = sorted(set(PLANTED) - {"missing", "path outward", "same key", "checksum differs", "large member"})
-    for number, kind in enumerate(planted, 10):
-        PLANTED[kind](data / f"{number:05d}.tar")
-    told = verified(capsys, data / "*.tar", status=1, workers=2)
-    assert {kind: line.split(":")[0] for kind, line in told.items()} == {
-        kind: str(data / f"{number:05d}.tar") for number, kind in enumerate(planted, 10)
-    }
-
-
 def test_verify_decodes_only_when_asked(data: Path, capsys: pytest.CaptureFixture) -> None:
     whole = encode(Image.effect_noise((64, 64), 90), "PNG")
     with_members(content(2, whole[: len(whole) // 2]))(data / "00007.tar")

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from clipq.data.decode import Captions
-from clipq.data.evalset import CaptionedShards, EvalFaults, EvalStream, ImageFolder, LabelledShards, Source
+from clipq.data.evalset import EvalFaults, EvalShards, EvalStream, ImageFolder, Source
 from clipq.data.loader import make_loader
 from tests.helpers import COLOURS, colour_samples, encode, picture, write_shard
 
@@ -39,7 +39,7 @@ def freeze(found: list[tuple]) -> Counter:
 
 @pytest.mark.parametrize(("workers", "ranks"), [(0, 2), (0, 8), (2, 1), (2, 3)])
 def test_every_image_once(shards: list[str], workers: int, ranks: int) -> None:
-    source = CaptionedShards(shards, Captions("json.captions"))
+    source = EvalShards(shards, Captions("json.captions").all)
     expected, failed = read(source)
     assert len(expected) == 73
     assert failed == 0
@@ -56,7 +56,7 @@ def test_labels_and_faults(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     del samples[2]["cls"]
     del samples[3]["png"]
     samples[4]["png"] = b"no image"
-    source = LabelledShards([str(write_shard(tmp_path / "0.tar", samples))])
+    source = EvalShards([str(write_shard(tmp_path / "0.tar", samples))])
     for workers in (0, 1):
         found, failed = read(source, workers, batch_size=2)
         assert failed == 4
@@ -73,7 +73,7 @@ def test_captions_and_faults(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     samples[0]["txt"] = "one\ntwo\n"
     samples[1]["txt"] = " \n"
     del samples[2]["png"]
-    found, failed = read(CaptionedShards([str(write_shard(tmp_path / "0.tar", samples))], Captions("txt", lines=True)))
+    found, failed = read(EvalShards([str(write_shard(tmp_path / "0.tar", samples))], Captions("txt", lines=True).all))
     assert [t for _, t in found] == [["one", "two"], ["yellow 3"]]
     assert failed == 2
     assert "no text in txt" in caplog.text
@@ -83,7 +83,7 @@ def test_captions_and_faults(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
 def test_broken_shards_are_counted(shards: list[str], workers: int, ranks: int) -> None:
     Path(shards[0]).write_bytes(b"no archive")
     Path(shards[2]).write_bytes(Path(shards[2]).read_bytes()[:8000])
-    for source in (LabelledShards(shards), CaptionedShards(shards, Captions("txt"))):
+    for source in (EvalShards(shards), EvalShards(shards, Captions("txt").all)):
         streams = [EvalStream(source, mean_colour, 5, rank, ranks) for rank in range(ranks)]
         batches = [batch for s in streams for batch in make_loader(s, workers=workers)]
         faults = EvalFaults.of_all([batch["faults"] for batch in batches])
@@ -99,14 +99,14 @@ def test_a_shard_that_breaks_for_one_of_those_who_share_it(shards: list[str]) ->
     faults = EvalFaults()
     for rank in range(2):
         Path(shards[0]).write_bytes(whole[: len(whole) // (1 + rank)])
-        for batch in EvalStream(LabelledShards(shards[:1]), mean_colour, 5, rank, 2):
+        for batch in EvalStream(EvalShards(shards[:1]), mean_colour, 5, rank, 2):
             faults.add(batch["faults"])
     assert faults.broken == {shards[0]}
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_only_faults(tmp_path: Path, ranks: int) -> None:
-    source = LabelledShards([str(write_shard(tmp_path / "0.tar", [{"png": b"x", "cls": "0"}] * 4))])
+    source = EvalShards([str(write_shard(tmp_path / "0.tar", [{"png": b"x", "cls": "0"}] * 4))])
     assert read(source, ranks=ranks) == ([], 4)
 
 

@@ -250,13 +250,13 @@ def test_each_source_has_its_own(expected: tuple[list[str], list[str | None]]) -
     a = Source(expected[0][:3], TEXT, "png", weight=2.0, filter=Filter(min_size=12))
     b = Source(expected[0][3:], TEXT, "png", filter=Filter(json={"similarity": Range(0.3)}))
     found = taken(mixed([a, b], lanes=2), 40)
-    reasons = ["json.similarity", "json.similarity.missing", "min_size"]
+    reasons = ["json.similarity", "json.similarity.missing", "min_size", "no caption", "no image"]
     assert all(sorted(batch["filtered"]) == reasons for batch in found), "those of every source, 0 among them"
     left = set(numbers(found))
     assert {n for n in range(48) if expected[1][n] == "min_size"} == set(range(48)) - left
     assert {n for n in range(48, 73) if str(expected[1][n]).startswith("json.sim")} == set(range(48, 73)) - left
     whole = taken(mixed([Source(expected[0], TEXT, "png")], lanes=2), 2)
-    assert [batch["filtered"] for batch in whole] == [{}, {}]
+    assert [batch["filtered"] for batch in whole] == [{"no image": 0, "no caption": 0}] * 2
 
 
 def test_captions_of_other_lengths_are_not_chosen(tmp_path: Path) -> None:

@@ -173,8 +173,8 @@ def test_what_is_random_about_a_sample_is_its_own(shards: list[str]) -> None:
 @pytest.fixture
 def two_sources(shards: list[str]) -> list[Source]:
     """The first has twice the second's weight and two passes: 2 of 48 samples, while 25 are the others' pass."""
-    first = Source(shards[:3], TEXT, "png", weight=2.0, passes=2)
-    second = Source(shards[3:], Captions("json.captions"), "png", weight=1.0)
+    first = Source(shards[:3], TEXT, "png", weight=2.0, passes=2, setting="data.sources.a")
+    second = Source(shards[3:], Captions("json.captions"), "png", weight=1.0, setting="data.sources.b")
     return [first, second]
 
 
@@ -186,6 +186,9 @@ def test_sources_are_mixed_by_weight(two_sources: list[Source]) -> None:
     assert Counter(n for n in numbers(found) if n < 48) == dict.fromkeys(range(48), 2), "its two passes, no more"
     assert sum(of_first) == 96
     assert not any(of_first[-60:]), "the other goes on alone"
+    for n, batch in enumerate(found):
+        first = sum(of_first[n * 12 : n * 12 + 12])
+        assert batch["sources"] == {"a": first, "b": 12 - first}
     others = Counter(n for n in numbers(found) if n >= 48)
     assert set(others) == set(range(48, 73))
     assert max(others.values()) - min(others.values()) <= 4, "without replacement: lanes may be some passes apart"

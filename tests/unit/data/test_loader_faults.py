@@ -6,7 +6,9 @@ import itertools
 import logging
 import os
 import random
+import re
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -15,13 +17,14 @@ from torch import Tensor
 
 from clipq.build_data import train_batches
 from clipq.config.data import DataConfig
+from clipq.data import tar
 from clipq.data.decode import TrainTransform
 from clipq.data.faults import Faults
 from clipq.data.loader import batches
 from clipq.data.shards import DataError
 from clipq.data.source import Source
 from clipq.dist.env import DistEnv
-from tests.helpers import COLOURS, colour_samples, encode, picture, write_shard
+from tests.helpers import COLOURS, children, colour_samples, colour_shards, encode, picture, write_shard
 from tests.streams import TEXT, mixed, numbers, same, stream, taken
 
 
@@ -84,9 +87,12 @@ def test_shards_without_a_readable_sample(tmp_path: Path, workers: int, caplog: 
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_shards_without_what_is_wanted_end_the_run(shards: list[str], workers: int) -> None:
-    with pytest.raises(ValueError, match="no sample could be read from 10 shards in a row"):
+def test_shards_without_what_is_wanted_end_the_run(
+    shards: list[str], workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ValueError, match=r"none of [\d,]+ samples has an image and a caption: no image .*data\.image"):
         taken(stream(shards, image="jpg", lanes=1 + (workers > 1)), 1, workers)
+    assert caplog.text.count("it has no sample with jpg and txt; its members are: cls, json, png, txt") >= len(shards)
 
 
 def test_one_shard_without_what_is_wanted_is_one_of_many(shards: list[str]) -> None:
@@ -176,6 +182,60 @@ def test_an_old_run_notices_faults_too() -> None:
     raise AssertionError("3,000 shards were lost in a row")
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_shard_is_named_once(workers: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Twelve lanes share three shards, and come to each in every pass; it counts each time."""
+    shards = colour_shards(tmp_path, [40, 40, 40])
+    Path(shards[1]).write_bytes(Path(shards[1]).read_bytes()[:30_000])
+    s = stream(shards, lanes=12, batch_size=12)
+    found = taken(s, 60, workers)
+    (named,) = [record.getMessage() for record in caplog.records]
+    assert named.startswith(f"shard {shards[1]}: ")
+    assert "samples were read before" in named
+    assert sum(batch["lost"] for batch in found) > 20
+    caplog.clear()
+    resumed = taken(s.starting_at(found[40]["place"]), 5, workers)
+    assert same(resumed, found[41:46])
+    assert caplog.text.count(shards[1]) == 1, "a run that goes on has a log of its own"
+
+
+def test_each_large_member_is_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tar, "MAX_MEMBER", 5000)
+    samples = colour_samples(20)
+    samples[3]["bin"] = samples[9]["bin"] = bytes(6000)
+    shard = str(write_shard(tmp_path / "0.tar", samples))
+    found = taken(stream([shard]), 20)
+    assert set(numbers(found)) == set(range(20))
+    assert sorted(re.findall(r"(00000\d\.bin) is of 6,000 bytes: passed over", caplog.text)) == [
+        "000003.bin",
+        "000009.bin",
+    ]
+    assert len(caplog.records) == 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_samples_that_lack_a_member_are_counted(workers: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In every pass, with the step whose samples come after them, also where a run goes on; they are no loss."""
+    samples = colour_samples(60)
+    for n in range(0, 60, 6):
+        del samples[n]["txt"]
+    for n in range(0, 60, 15):
+        samples[n].pop("txt", None)
+        del samples[n]["png"]
+    shards = [str(write_shard(tmp_path / f"{n}.tar", samples[n * 20 : n * 20 + 20])) for n in range(3)]
+    s = mixed([Source(shards, TEXT, "png", counts=[20] * 3)], lanes=2)
+    found = taken(s, 32, workers)
+    assert set(numbers(found)) == {n for n in range(60) if n % 6 and n % 15}
+    counts = [sum(batch["filtered"][reason] for batch in found) for reason in ("no image", "no caption")]
+    assert counts == pytest.approx([4 * 4, 8 * 4], abs=6), "four passes of 48 samples; read a little ahead"
+    assert sum(batch["lost"] for batch in found) == 0
+    assert caplog.messages == []
+    resumed = taken(s.starting_at(found[10]["place"]), 12)
+    assert [batch["filtered"] for batch in resumed] == [batch["filtered"] for batch in found[11:23]]
+
+
 class KillTheLoader(TrainTransform):
     def __call__(self, data: bytes, rng: random.Random) -> Tensor:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -188,6 +248,19 @@ def test_a_killed_loader_process_ends_the_run(shards: list[str]) -> None:
     config = DataConfig(name="x", shards=shards)
     with pytest.raises(DataError, match=r"a loader process ended without a word .*data\.shuffle"):
         next(train_batches(stream(shards, transform=KillTheLoader((8, 8))), 1, config, env, None))
+
+
+def test_a_killed_loader_process_ends_no_step_midway(shards: list[str]) -> None:
+    """Whatever the training process does meanwhile, it is told when it asks for a batch."""
+    env = DistEnv(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"))
+    given = train_batches(stream(shards), 2, DataConfig(name="x", shards=shards), env, None)
+    next(given)
+    first, _ = children(os.getpid())
+    os.kill(first, signal.SIGKILL)
+    for _ in range(20):
+        time.sleep(0.01)
+    with pytest.raises(DataError, match=rf"a loader process ended without a word .*{first}"):
+        list(itertools.islice(given, 20))
 
 
 def test_warnings_of_workers_reach_the_log(tmp_path: Path) -> None:

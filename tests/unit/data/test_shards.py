@@ -13,6 +13,7 @@ import pytest
 from clipq.data.decode import Captions
 from clipq.data.shards import (
     Damage,
+    LeftOut,
     check_members,
     expand,
     member,
@@ -262,7 +263,8 @@ def test_sparse_member_is_not_unpacked(tmp_path: Path, caplog: pytest.LogCapture
 def test_shard_of_other_names_is_damaged(tmp_path: Path) -> None:
     name = str(write_shard(tmp_path / "1.tar", [{"png": b"1", "caption": "x"}, {"caption": "x"}]))
     told: list[Damage] = []
-    assert list(read_part(name, PLAIN, on_damage=told.append)) == []
+    found = list(read_part(name, PLAIN, on_damage=told.append))
+    assert found == [(0, LeftOut("no caption")), (1, LeftOut("no image"))]
     ((shard, kind, text),) = told
     assert (shard, kind) == (name, "damaged")
     assert text.startswith("it has no sample with png and txt; its members are: caption, png.")
@@ -294,15 +296,15 @@ def test_only_what_is_wanted_is_kept(shards: list[str]) -> None:
     assert set(sample) == {"__key__", "__url__", "png", "txt"}
 
 
-def test_samples_left_out_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_samples_that_lack_something_are_left_out(tmp_path: Path) -> None:
     samples = colour_samples(10)
     bare = [{"png": s["png"]} for s in samples]
     poor = str(write_shard(tmp_path / "1.tar", [*bare[:7], samples[0], {"txt": "x"}, {"json": "{}"}]))
-    for tell in (False, True):
-        assert [index for index, _ in read_part(poor, PLAIN, tell=tell)] == [7]
-    assert caplog.messages == [
-        f"shard {poor}: 9 of its 10 samples are left out: 7 without txt, 1 without png, 1 without png and txt"
-    ]
+    found = dict(read_part(poor, PLAIN))
+    assert [index for index, sample in found.items() if isinstance(sample, dict)] == [7]
+    reasons = [sample.reason for sample in found.values() if isinstance(sample, LeftOut)]
+    assert reasons == ["no caption"] * 7 + ["no image"] * 2
+    assert list(read_part(poor, PLAIN, part=1, parts=2, first=8)) == [(9, LeftOut("no image"))]
 
 
 def test_parts_of_a_shard(shards: list[str]) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clipq.data.evalset import LabelledShards
+from clipq.data.evalset import EvalShards
 from clipq.eval.common import EvalResult, ExampleKeeper
 from tests.unit.eval.fakes import fake_encoder, labelled, unit, word_features
 
@@ -62,7 +62,7 @@ def test_evaluating_leaves_the_model_as_it_was(training: bool) -> None:
 def test_batches_tell_how_far_they_are(tmp_path: Path) -> None:
     told: list[str] = []
     encoder = fake_encoder(status=told.append, batch_size=4)
-    source = LabelledShards(labelled(tmp_path, [[0] * 10]))
+    source = EvalShards(labelled(tmp_path, [[0] * 10]))
     assert [len(b["target"]) for b in encoder.batches(source, "birds")] == [4, 4, 2]
     assert [t.partition(",")[0] for t in told] == [f"birds: {n} images" for n in (4, 8, 10)]
     assert all(t.endswith(" img/s on this rank") for t in told)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from clipq.data.decode import Captions
-from clipq.data.evalset import CaptionedShards
+from clipq.data.evalset import EvalShards
 from clipq.eval.common import EvalError
 from clipq.eval.retrieval import Retrieval, recalls
 from tests.helpers import colour_shards, write_shard
@@ -85,7 +85,7 @@ def test_one_pair_is_found() -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_task(tmp_path: Path, workers: int) -> None:
     shards = labelled(tmp_path, [[0] * 9, [0] * 4, [0] * 7])
-    task = Retrieval("t", CaptionedShards(shards, Captions("txt", lines=True)), examples=3)
+    task = Retrieval("t", EvalShards(shards, Captions("txt", lines=True).all), examples=3)
     result = task.run(fake_encoder(workers=workers))
     words = [f"text {n} {x}" for n in range(20) for x in "ab"]
     images, texts = (
@@ -113,20 +113,20 @@ def test_task(tmp_path: Path, workers: int) -> None:
 
 def test_faults(tmp_path: Path) -> None:
     samples = [{"png": noise(n) if n != 1 else b"x", "txt": "" if n == 2 else f"text {n}"} for n in range(5)]
-    source = CaptionedShards([str(write_shard(tmp_path / "x.tar", samples))], Captions("txt"))
+    source = EvalShards([str(write_shard(tmp_path / "x.tar", samples))], Captions("txt").all)
     metrics = Retrieval("t", source).run(fake_encoder()).metrics
     assert (metrics["images"], metrics["texts"], metrics["failed"]) == (3, 3, 2)
     cut = tmp_path / "cut.tar"
     cut.write_bytes((tmp_path / "x.tar").read_bytes()[:4000])
-    source = CaptionedShards([str(tmp_path / "x.tar"), str(cut)], Captions("txt"))
+    source = EvalShards([str(tmp_path / "x.tar"), str(cut)], Captions("txt").all)
     assert Retrieval("t", source).run(fake_encoder()).metrics["broken_shards"] == 1
-    source = CaptionedShards([str(write_shard(tmp_path / "x.tar", samples[1:3]))], Captions("txt"))
+    source = EvalShards([str(write_shard(tmp_path / "x.tar", samples[1:3]))], Captions("txt").all)
     with pytest.raises(EvalError, match="evaluation t: no image could be read"):
         Retrieval("t", source).run(fake_encoder())
 
 
 def test_check_finds_a_wrong_caption_field(tmp_path: Path) -> None:
     shards = colour_shards(tmp_path, [4])
-    Retrieval("t", CaptionedShards(shards, Captions("json.captions"))).check()
+    Retrieval("t", EvalShards(shards, Captions("json.captions").all)).check()
     with pytest.raises(EvalError, match=r"evaluation t: .*'nope' is not text.*eval\.tasks\.t\.caption\.field"):
-        Retrieval("t", CaptionedShards(shards, Captions("json.nope"))).check()
+        Retrieval("t", EvalShards(shards, Captions("json.nope").all)).check()

@@ -12,7 +12,7 @@ import torch
 from open_clip.zero_shot_classifier import build_zero_shot_classifier
 from PIL import Image
 
-from clipq.data.evalset import LabelledShards
+from clipq.data.evalset import EvalShards
 from clipq.eval.common import Encoder, EvalError
 from clipq.eval.prompts import prompts, read_templates
 from clipq.eval.zero_shot import ZeroShot, build_classifier
@@ -49,7 +49,7 @@ def expected_metrics(labels: list[int], classes: list[str], subset: list[int]) -
 @pytest.mark.parametrize(("workers", "batch_size"), [(0, 1), (0, 7), (0, 100), (2, 4)])
 def test_metrics(tmp_path: Path, workers: int, batch_size: int) -> None:
     shards, subset = labelled(tmp_path, LABELS), [0, 3, 4, 5, 6]
-    task = ZeroShot("t", LabelledShards(shards), CLASSES, TEMPLATES, {"some": subset}, examples=4)
+    task = ZeroShot("t", EvalShards(shards), CLASSES, TEMPLATES, {"some": subset}, examples=4)
     result = task.run(fake_encoder(workers=workers, batch_size=batch_size))
     expected, scores = expected_metrics(FLAT, CLASSES, subset)
     assert list(result.metrics) == list(expected)
@@ -77,7 +77,7 @@ def test_metrics(tmp_path: Path, workers: int, batch_size: int) -> None:
 @pytest.mark.parametrize("count", [1, 4, 5])
 def test_few_classes_have_no_top5(tmp_path: Path, count: int) -> None:
     labels = [[n % count for n in range(11)]]
-    task = ZeroShot("t", LabelledShards(labelled(tmp_path, labels)), CLASSES[:count], TEMPLATES, examples=2)
+    task = ZeroShot("t", EvalShards(labelled(tmp_path, labels)), CLASSES[:count], TEMPLATES, examples=2)
     result = task.run(fake_encoder())
     expected, _ = expected_metrics(labels[0], CLASSES[:count], [0])
     assert "top5" not in result.metrics
@@ -87,7 +87,7 @@ def test_few_classes_have_no_top5(tmp_path: Path, count: int) -> None:
 
 @pytest.mark.parametrize("label", [-1, 9, 1000])
 def test_label_of_another_data_set(tmp_path: Path, label: int) -> None:
-    task = ZeroShot("birds", LabelledShards(labelled(tmp_path, [[0, 1, label, 2]])), CLASSES, TEMPLATES)
+    task = ZeroShot("birds", EvalShards(labelled(tmp_path, [[0, 1, label, 2]])), CLASSES, TEMPLATES)
     encoder = fake_encoder()
     says = f"evaluation birds: an image has class {label}, but the 9 class names are of .*eval.tasks.birds.classnames"
     with pytest.raises(EvalError, match=says):
@@ -102,7 +102,7 @@ def test_check_asks_for_one_good_sample_among_the_first(tmp_path: Path) -> None:
     good: dict[str, bytes | str] = {"png": noise(99), "cls": "8"}
     for samples, fits in (([*faulty, good], True), ([*faulty, {"png": noise(1)}, good], False), ([], False)):
         shard = str(write_shard(tmp_path / "x.tar", samples))
-        task = ZeroShot("t", LabelledShards([shard]), CLASSES, TEMPLATES)
+        task = ZeroShot("t", EvalShards([shard]), CLASSES, TEMPLATES)
         if fits:
             task.check()
             continue
@@ -114,7 +114,7 @@ def test_check_asks_for_one_good_sample_among_the_first(tmp_path: Path) -> None:
 def test_failed_images_are_counted(tmp_path: Path) -> None:
     samples = [{"png": noise(n) if n % 3 else b"no image", "cls": "1"} for n in range(10)]
     shard = str(write_shard(tmp_path / "x.tar", samples))
-    metrics = ZeroShot("t", LabelledShards([shard]), CLASSES, TEMPLATES).run(fake_encoder()).metrics
+    metrics = ZeroShot("t", EvalShards([shard]), CLASSES, TEMPLATES).run(fake_encoder()).metrics
     assert (metrics["images"], metrics["failed"], metrics["broken_shards"]) == (6, 4, 0)
 
 
@@ -122,7 +122,7 @@ def test_broken_shards_are_counted(tmp_path: Path) -> None:
     shards = labelled(tmp_path, [[0, 1], [1, 2], [2, 3, 4]])
     Path(shards[1]).write_bytes(b"")
     Path(shards[2]).write_bytes(Path(shards[2]).read_bytes()[:4608])
-    metrics = ZeroShot("t", LabelledShards(shards), CLASSES, TEMPLATES).run(fake_encoder()).metrics
+    metrics = ZeroShot("t", EvalShards(shards), CLASSES, TEMPLATES).run(fake_encoder()).metrics
     assert metrics["broken_shards"] == 2
     assert metrics["images"] < 7
 
@@ -130,10 +130,10 @@ def test_broken_shards_are_counted(tmp_path: Path) -> None:
 def test_nothing_to_evaluate(tmp_path: Path) -> None:
     shard = str(write_shard(tmp_path / "x.tar", [{"png": b"no image", "cls": "1"}]))
     with pytest.raises(ValueError, match="evaluation t: no image could be read"):
-        ZeroShot("t", LabelledShards([shard]), CLASSES, TEMPLATES).run(fake_encoder())
+        ZeroShot("t", EvalShards([shard]), CLASSES, TEMPLATES).run(fake_encoder())
     shards = labelled(tmp_path, [[0, 1]])
     with pytest.raises(ValueError, match="no image belongs to a class of subset rare"):
-        ZeroShot("t", LabelledShards(shards), CLASSES, TEMPLATES, {"rare": [3]}).run(fake_encoder())
+        ZeroShot("t", EvalShards(shards), CLASSES, TEMPLATES, {"rare": [3]}).run(fake_encoder())
 
 
 def test_classifier_is_openclips(arch: Path) -> None:

@@ -67,14 +67,14 @@ def test_what_filters_leave_out_is_told(arch: Path, shards: list[str], caplog: p
     counts = [row.get("filtered", {}).get("json.n", 0) for row in rows]
     assert sum(counts) == pytest.approx(14 * 8 * 36 / 37, abs=40)
     assert all("filtered" not in row or row["filtered"]["json.n"] > 0 for row in rows)
-    told = [r.getMessage() for r in caplog.records if "filters left out" in r.getMessage()]
+    told = [r.getMessage() for r in caplog.records if "were left out" in r.getMessage()]
     steps = (1, 2, 4, 8)
     expected = []
     for step in steps:
         out = sum(counts[:step])
         if out:
             whole = out + 8 * step
-            expected.append(f"filters left out {out:,} of {whole:,} samples since step 0: json.n {out:,}")
+            expected.append(f"{out:,} of {whole:,} samples were left out since step 0: json.n {out:,}")
     assert told == expected
     assert len(told) >= 3
     assert scalars(rows[-1] | {"filtered": {"json.n": 3}})["filtered/json.n"] == 3
@@ -95,6 +95,16 @@ def test_siglip_trains_scale_and_bias(arch: Path, shards: list[str]) -> None:
     assert abs(bias + 10) > 0.01
     with pytest.raises(ConfigError, match="choose loss=siglip"):
         run_of(Path("run/checkpoints/step_00000020/open_clip_config.json"), shards)
+
+
+def test_samples_of_each_source_are_told(arch: Path, shards: list[str]) -> None:
+    sources = f"{{a: {{shards: [{shards[0]}, {shards[1]}], weight: 3}}, b: {{shards: {shards[2]}}}}}"
+    train(run_of(arch, shards, "data=mix", "data.shards=null", f"++data.sources={sources}"))
+    rows = read_metrics(Path("run"))
+    assert [row["sources"].keys() for row in rows] == [{"a", "b"}] * 6
+    assert all(sum(row["sources"].values()) == 8 for row in rows)
+    assert sum(row["sources"]["a"] for row in rows) == pytest.approx(36, abs=3)
+    assert all("filtered" not in row for row in rows)
 
 
 def test_clipping_bounds_the_update(arch: Path, shards: list[str]) -> None:
