@@ -254,8 +254,9 @@ def test_a_killed_loader_process_ends_no_step_midway(shards: list[str]) -> None:
     """Whatever the training process does meanwhile, it is told when it asks for a batch."""
     env = DistEnv(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"))
     given = train_batches(stream(shards), 2, DataConfig(name="x", shards=shards), env, None)
+    before = children(os.getpid())  # of other tests
     next(given)
-    first, _ = children(os.getpid())
+    first = next(child for child in children(os.getpid()) if child not in before)
     os.kill(first, signal.SIGKILL)
     for _ in range(20):
         time.sleep(0.01)

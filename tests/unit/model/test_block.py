@@ -61,7 +61,7 @@ def test_nothing_touches_what_passes_within_a_pair(model, batch):
     for _, block in blocks(model):
         for producer, linear, kind in block.pairs():
             old = block.get_submodule(producer)
-            assert ("Norm" in type(old).__name__) == (kind == "norm")
+            assert ("Norm" in type(old).__name__) == (kind == "layer_norm")
             block.set_submodule(producer, Packed(old))
             block.set_submodule(linear, Unpacked(block.get_submodule(linear)))
             count += 1
