@@ -17,11 +17,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from clipq.dist.gather import all_gather_with_grad, exchange_with_grad
-from clipq.loss.tiles import TILE, matching, refuse_second_derivative, tiles
+from clipq.dist.gather import exchange_with_grad
+from clipq.loss.tiles import TILE, matching, operands, refuse_second_derivative, tiles
 
 
 def contrastive_loss(
@@ -43,13 +42,10 @@ def contrastive_loss(
         the features are.
     """
     with torch.autocast(image_features_BD.device.type, enabled=False):
-        dtype = torch.promote_types(image_features_BD.dtype, torch.float32)
-        image_BD, text_BD = image_features_BD.to(dtype), text_features_BD.to(dtype)
-        text_WBD = all_gather_with_grad(text_BD)
+        x_BD, text_WBD, first = operands(image_features_BD, text_features_BD, logit_scale)
         W, B, _ = text_WBD.shape
-        first = dist.get_rank() * B if W > 1 else 0
         own_B, peak_B, rest_B, peak_N, rest_N = _LogSums.apply(  # pyright: ignore[reportGeneralTypeIssues]
-            logit_scale.to(dtype) * image_BD, text_WBD.flatten(0, 1), first, tile
+            x_BD, text_WBD.flatten(0, 1), first, tile
         )
         # A good pair's own logit is the peak: subtracted first, it leaves a small loss with all its digits.
         image_to_text_B = peak_B - own_B + rest_B

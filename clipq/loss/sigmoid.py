@@ -11,12 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipq.dist.gather import all_gather_with_grad
-from clipq.loss.tiles import TILE, matching, refuse_second_derivative, tiles
+from clipq.loss.tiles import TILE, matching, operands, refuse_second_derivative, tiles
 
 
 def sigmoid_loss(
@@ -37,13 +35,9 @@ def sigmoid_loss(
         `contrastive_loss`.
     """
     with torch.autocast(image_features_BD.device.type, enabled=False):
-        dtype = torch.promote_types(image_features_BD.dtype, torch.float32)
-        image_BD, text_BD = image_features_BD.to(dtype), text_features_BD.to(dtype)
-        text_WBD = all_gather_with_grad(text_BD)
-        W, B, _ = text_WBD.shape
-        first = dist.get_rank() * B if W > 1 else 0
+        x_BD, text_WBD, first = operands(image_features_BD, text_features_BD, logit_scale)
         loss_B, peak_B = _Losses.apply(  # pyright: ignore[reportGeneralTypeIssues]
-            logit_scale.to(dtype) * image_BD, text_WBD.flatten(0, 1), logit_bias.to(dtype), first, tile
+            x_BD, text_WBD.flatten(0, 1), logit_bias.to(x_BD.dtype), first, tile
         )
         return loss_B.mean(), peak_B.amax()
 

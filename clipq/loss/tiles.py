@@ -6,11 +6,26 @@ import math
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from clipq.dist.gather import all_gather_with_grad
 
 TILE = 2**22
 """Logits computed at a time, 16 MiB of fp32: products of matrices are as fast as on whole ones, and up to 2048 pairs on
 one rank there is a single tile."""
+
+
+def operands(image_BD: Tensor, text_BD: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, int]:
+    """The factors of the logits in fp32 (fp64 where features are), and the first column of this rank. Collective.
+
+    Returns:
+        Scaled features of this rank's images [B, D], those of all ranks' texts [W, B, D], column of row 0's own text.
+    """
+    dtype = torch.promote_types(image_BD.dtype, torch.float32)
+    text_WBD = all_gather_with_grad(text_BD.to(dtype))
+    W, B, _ = text_WBD.shape
+    return scale.to(dtype) * image_BD.to(dtype), text_WBD, dist.get_rank() * B if W > 1 else 0
 
 
 def tiles(rows: int, columns: int, limit: int) -> Iterator[tuple[slice, slice]]:

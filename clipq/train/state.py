@@ -69,7 +69,7 @@ class TrainState:
             self.place = StreamPlace(**saved["data"]).of_rank(rank, world_size)
         self.seconds = saved["seconds"]
         self.spikes.load_state_dict(saved["spikes"])
-        self.learned = saved.get("learned")  # older checkpoints have none
+        self.learned = saved["learned"]
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         # before loading: by `fused` torch decides where the counts of steps are to lie
         groups = [old | own for old, own in zip(saved["optimizer"]["param_groups"], settings, strict=True)]
