@@ -1,6 +1,6 @@
 """Provokes a loss spike under AdamW by a change of the data, and shows what prevents it.
 
-provoke_spike.py SHARDS WORK --out docs/benchmarks/spike_h100.json [--seeds 2] [--jobs 4]
+provoke_spike.py SHARDS WORK --out docs/benchmarks/spike_h100.json [--seeds 3] [--jobs 4]
 
 SHARDS are captioned photographs (Tiny ImageNet's train/*.tar.gz). WORK gets two copies of them, one through a red
 filter and one in full colour. Then `clipq-train experiment=spike` runs with each optimizer below, several at a time;
@@ -28,9 +28,9 @@ from clipq.report.runs import read_run
 from clipq.report.stability import PATCH_EMBEDDING, analyse
 
 RUNS = Path("runs/spike")
-CHANGE = 1512
+CHANGE = 2016
 """Steps before the first pairs in colour."""
-AROUND = (60, 200)
+AROUND = (60, 140)
 """Steps before and after that are recorded."""
 SHARDS, PER_SHARD = 16, 1792
 VARIANTS = {
@@ -78,7 +78,7 @@ def write_shard(work: Path, number: int, samples: list[dict[str, Any]]) -> None:
 
 
 def train(variant: str, seed: int, work: Path, overrides: list[str]) -> dict[str, Any]:
-    """One run, or what is there of it already, and what `summary` says of it."""
+    """One run, and what `summary` says of it."""
     name = f"variant{list(VARIANTS).index(variant)}_seed{seed}"
     command = [sys.executable, "-m", "clipq.cli.train", "experiment=spike", f"data.root={work}", *VARIANTS[variant]]
     command += [f"seed={seed}", f"runs={RUNS}", f"name={name}", *overrides]
@@ -114,7 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards")
     parser.add_argument("work", type=Path)
-    parser.add_argument("--seeds", type=int, default=2, help="runs with and without update clipping")
+    parser.add_argument("--seeds", type=int, default=3, help="runs with and without update clipping")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--out", type=Path, required=True, help="JSON file")
     options, overrides = parser.parse_known_args()
