@@ -1,8 +1,9 @@
-"""Samples a second of one CPU core, from shards to batches of images and tokens: clipq's loader, OpenCLIP's, and bare
-decoding of the same bytes in memory.
+"""Samples a second from shards to batches of images and tokens: clipq's loader and OpenCLIP's on one CPU core, beside
+bare decoding of the same bytes in memory, or both on all cores with several numbers of loader processes.
 
     python scripts/bench_loader.py --shards '/data/tiny_imagenet/train/*.tar.gz' --size 64 --openclip FOLDER
     python scripts/bench_loader.py --shards '/data/x/*.tar' --enlarge 256 --openclip FOLDER --output loader.json
+    python scripts/bench_loader.py --shards '/data/x/*.tar' --enlarge 256 --openclip FOLDER --workers 1 2 4 8 12 16
 
 OpenCLIP 3.3.0's trainer needs webdataset up to 0.2.86, and pandas: FOLDER is where
 `pip install --target FOLDER --no-deps webdataset==0.2.86 pandas python-dateutil six pytz` put them. Each loader is
@@ -32,9 +33,11 @@ import torch
 
 BATCH = 256
 QUALITY = 92
+PIECES = 16
+"""Shards of which each enlarged one becomes."""
 
 
-def ours(shards: list[str], size: int) -> Iterator[Any]:
+def ours(shards: list[str], size: int, workers: int) -> Iterator[Any]:
     import open_clip
 
     from clipq.data.decode import Captions, TrainTransform
@@ -42,12 +45,12 @@ def ours(shards: list[str], size: int) -> Iterator[Any]:
     from clipq.data.order import usual_lanes
     from clipq.data.source import Source
 
-    tokenizer, lanes = open_clip.get_tokenizer("ViT-B-32"), usual_lanes(len(shards), 1)
+    tokenizer, lanes = open_clip.get_tokenizer("ViT-B-32"), max(usual_lanes(len(shards), 1), workers)
     stream = TrainStream([Source(shards, Captions())], TrainTransform((size, size)), tokenizer, BATCH, lanes)
-    return batches(stream, workers=0)
+    return batches(stream, workers=workers)
 
 
-def openclip(shards: list[str], size: int) -> Iterator[Any]:
+def openclip(shards: list[str], size: int, workers: int) -> Iterator[Any]:
     import open_clip
     from open_clip_train.data import get_wds_dataset
 
@@ -58,7 +61,7 @@ def openclip(shards: list[str], size: int) -> Iterator[Any]:
         train_data_upsampling_factors=None,
         dataset_resampled=True,  # else it ends after a pass
         batch_size=BATCH,
-        workers=0,
+        workers=workers,
         world_size=1,
         seed=0,
     )
@@ -66,7 +69,7 @@ def openclip(shards: list[str], size: int) -> Iterator[Any]:
     return iter(loader.dataloader)
 
 
-def bare(shards: list[str], size: int) -> Iterator[Any]:
+def bare(shards: list[str], size: int, workers: int) -> Iterator[Any]:
     """Decoding alone: no reading, cropping or tokens. What no loader that decodes whole images can reach."""
     import simplejpeg
 
@@ -81,19 +84,21 @@ def bare(shards: list[str], size: int) -> Iterator[Any]:
         yield None
 
 
-LOADERS: dict[str, Callable[[list[str], int], Iterator[Any]]] = {"clipq": ours, "openclip": openclip, "bare": bare}
+LOADERS: dict[str, Callable[[list[str], int, int], Iterator[Any]]] = {"clipq": ours, "openclip": openclip, "bare": bare}
 
 
-def measure(name: str, shards: list[str], size: int, seconds: float, core: int) -> dict[str, float]:
-    """In this process: samples a second after the first two batches, and the time to the first."""
-    os.sched_setaffinity(0, {core})
+def measure(name: str, shards: list[str], size: int, seconds: float, core: int, workers: int) -> dict[str, float]:
+    """In this process, and loader processes of it: samples a second once they run, and the time to the first batch."""
+    if workers == 0:
+        os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
     start = time.perf_counter()
-    loader = LOADERS[name](shards, size)
+    loader = LOADERS[name](shards, size, workers)
     made = time.perf_counter()
     next(loader)
     first = time.perf_counter()
-    next(loader)
+    for _ in range(1 + 3 * workers):  # until what was made ready while the first was awaited is used up
+        next(loader)
     begin, count = time.perf_counter(), 0
     while time.perf_counter() - begin < seconds:
         next(loader)
@@ -111,10 +116,10 @@ def enlarged(shards: list[str], side: int, folder: Path) -> list[str]:
     written: list[str] = []
     for number, shard in enumerate(shards):
         samples = list(read_shard(shard))
-        for piece in range(4):
+        for piece in range(PIECES):
             path = folder / f"{number:03d}_{piece}.tar"
             with tarfile.open(path, "w") as tar:
-                for sample in samples[piece::4]:
+                for sample in samples[piece::PIECES]:
                     image = Image.open(io.BytesIO(member(sample, "jpg;png;webp") or b"")).convert("RGB")
                     scale = side / min(image.size)
                     image = image.resize(
@@ -131,17 +136,30 @@ def enlarged(shards: list[str], side: int, folder: Path) -> list[str]:
     return written
 
 
-def in_a_process(
-    name: str, shards: list[str], size: int, seconds: float, core: int, site: str | None
-) -> dict[str, float]:
+def in_a_process(name: str, shards: list[str], args: argparse.Namespace, workers: int) -> dict[str, float]:
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     if name == "openclip":
-        environment["PYTHONPATH"] = f"{site}{os.pathsep}{environment.get('PYTHONPATH', '')}"
-    job = json.dumps({"name": name, "shards": shards, "size": size, "seconds": seconds, "core": core})
-    done = subprocess.run([sys.executable, __file__, "--job", job], capture_output=True, text=True, env=environment)
+        environment["PYTHONPATH"] = f"{args.openclip}{os.pathsep}{environment.get('PYTHONPATH', '')}"
+    job = {"name": name, "shards": shards, "size": args.size, "seconds": args.seconds, "core": args.core}
+    command = [sys.executable, __file__, "--job", json.dumps(job | {"workers": workers})]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"{name}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(names: list[str], shards: list[str], args: argparse.Namespace, workers: int) -> dict[str, Any]:
+    """Loaders in turn, several times; medians."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for _ in range(args.rounds):
+        for name in names:
+            found[name].append(in_a_process(name, shards, args, workers))
+    rates = {name: statistics.median(r["samples_per_second"] for r in rounds) for name, rounds in found.items()}
+    for name, rate in rates.items():
+        first = statistics.median(r["first_batch_seconds"] for r in found[name])
+        ratio = f"clipq is {rates['clipq'] / rate:.2f} times that"
+        print(f"{workers:2} workers: {name:9} {rate:8.0f} samples/s, first batch {first:.2f} s, {ratio}", flush=True)
+    return {"rounds": found, "samples_per_second": rates}
 
 
 def main() -> None:
@@ -150,6 +168,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="pixels of the batches' images")
     parser.add_argument("--enlarge", type=int, help="first make copies of the pictures with such a short side")
     parser.add_argument("--openclip", metavar="FOLDER", help="where the webdataset is that OpenCLIP's trainer needs")
+    parser.add_argument("--workers", type=int, nargs="+", help="loader processes, on all cores; without: one core")
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--core", type=int, default=0)
@@ -164,24 +183,20 @@ def main() -> None:
     from clipq.data.shards import expand
 
     shards = [str(Path(s).absolute()) for s in expand(args.shards)]
+    results: dict[str, Any] = {"data": "/".join(Path(args.shards).parts[-3:-1]), "size": args.size}
+    results |= {"enlarge": args.enlarge, "cores": len(os.sched_getaffinity(0)) if args.workers else 1}
+    names = ["clipq", *(["openclip"] if args.openclip else [])]
     with tempfile.TemporaryDirectory() as folder:
         if args.enlarge:
             shards = enlarged(shards, args.enlarge, Path(folder))
-        names = ["clipq", *(["openclip"] if args.openclip else []), "bare"]
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-        for _ in range(args.rounds):
-            for name in names:
-                result = in_a_process(name, shards, args.size, args.seconds, args.core, args.openclip)
-                found[name].append(result)
-                rate, first = result["samples_per_second"], result["first_batch_seconds"]
-                print(f"{name:9} {rate:8.0f} samples/s, first batch {first:.2f} s")
-    rates = {name: statistics.median(r["samples_per_second"] for r in rounds) for name, rounds in found.items()}
-    for name, rate in rates.items():
-        print(f"{name:9} {rate:8.0f} samples/s a core, clipq is {rates['clipq'] / rate:.2f} times that")
+        if args.workers:
+            kind, title = "loader_workers", "Loader"
+            results["workers"] = {str(n): compare(names, shards, args, n) for n in args.workers}
+        else:
+            kind, title = "loader", "Loader, one core"
+            results |= compare([*names, "bare"], shards, args, 0)
     if args.output:
-        data = "/".join(Path(args.shards).parts[-3:-1])
-        what = {"data": data, "size": args.size, "enlarge": args.enlarge}
-        write(args.output, "loader", "Loader, one core", what | {"rounds": found, "samples_per_second": rates})
+        write(args.output, kind, title, results)
 
 
 if __name__ == "__main__":

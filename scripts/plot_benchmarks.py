@@ -135,10 +135,33 @@ def spike(name: str, result: dict[str, Any]) -> None:
     save(figure, name)
 
 
+def loader_workers(name: str, result: dict[str, Any]) -> None:
+    """Samples a second against the number of loader processes."""
+    found = result["results"]
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for loader, title, colour in (("clipq", "clipq", "product"), ("openclip", "OpenCLIP", "bf16")):
+        points = {int(n): c["samples_per_second"].get(loader) for n, c in found["workers"].items()}
+        if None not in points.values():
+            axes.plot(list(points), list(points.values()), marker="o", color=COLOURS[colour], label=title)
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("loader processes")
+    axes.set_ylabel("samples/s")
+    made = f", enlarged to {found['enlarge']} px" if found["enlarge"] else ""
+    axes.set_title(f"{found['data']}{made} → {found['size']} px, {found['cores']} cores", fontsize=10)
+    axes.legend(fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, name)
+
+
+DRAWINGS = {"step": step, "linear": linear, "recipes": recipes, "spike": spike, "loader_workers": loader_workers}
+"""Kind of results -> what draws them."""
+
+
 def main() -> None:
     for path in sorted(Path(FOLDER).glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
-        draw = {"step": step, "linear": linear, "recipes": recipes, "spike": spike}.get(result["kind"])
+        draw = DRAWINGS.get(result["kind"])
         if draw is not None:
             draw(path.stem, result)
 

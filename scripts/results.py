@@ -21,7 +21,7 @@ FOLDER = ROOT / "docs" / "benchmarks"
 BEGIN, END = "<!-- results of {kind}: made by scripts/results.py -->", "<!-- end of results -->"
 PAGES = {
     "README.md": ("run", "step"),
-    "docs/data.md": ("loader",),
+    "docs/data.md": ("loader", "loader_workers"),
     "docs/low_precision.md": ("step", "linear", "recipes", "gemm"),
     "docs/stability.md": ("spike", "optimizer", "watch"),
 }
@@ -228,8 +228,28 @@ def loader_table(results: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
+def loader_workers_table(results: list[dict[str, Any]]) -> str:
+    """Samples a second against the number of loader processes."""
+    rows = []
+    for result in results:
+        found = result["results"]
+        made = f", enlarged to a short side of {found['enlarge']} px" if found["enlarge"] else ""
+        rows += [
+            f"| {found['data']}{made} → {found['size']} px, {found['cores']} cores | clipq | OpenCLIP 3.3.0 | ratio |"
+        ]
+        rows += ["|---" * 4 + "|"]
+        for workers, column in found["workers"].items():
+            rates = column["samples_per_second"]
+            ratio = rates["clipq"] / rates["openclip"]
+            rows.append(
+                f"| {workers} processes | {rates['clipq']:,.0f}/s | {rates['openclip']:,.0f}/s | {ratio:.1f}× |"
+            )
+    return "\n".join(rows)
+
+
 TABLES = {
     "loader": loader_table,
+    "loader_workers": loader_workers_table,
     "run": run_table,
     "step": step_table,
     "linear": linear_table,
