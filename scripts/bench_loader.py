@@ -32,6 +32,8 @@ from typing import Any
 import torch
 
 BATCH = 256
+WARMUP = 12288
+"""Samples before the first that count."""
 QUALITY = 92
 PIECES = 16
 """Shards of which each enlarged one becomes."""
@@ -97,7 +99,9 @@ def measure(name: str, shards: list[str], size: int, seconds: float, core: int, 
     made = time.perf_counter()
     next(loader)
     first = time.perf_counter()
-    for _ in range(1 + 3 * workers):  # until what was made ready while the first was awaited is used up
+    # Until what was made ready while the first was awaited is used up, and buffers of samples to shuffle are full:
+    # while these fill, two samples are read for one that is given out.
+    for _ in range(max(1 + 3 * workers, WARMUP // BATCH)):
         next(loader)
     begin, count = time.perf_counter(), 0
     while time.perf_counter() - begin < seconds:

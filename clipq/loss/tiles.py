@@ -11,8 +11,8 @@ from torch import Tensor
 
 from clipq.dist.gather import all_gather_with_grad
 
-TILE = 2**22
-"""Logits computed at a time, 16 MiB of fp32: products of matrices are as fast as on whole ones, and up to 2048 pairs on
+TILE = 2**24
+"""Logits computed at a time, 64 MiB of fp32: products of matrices are as fast as on whole ones, and up to 4096 pairs on
 one rank there is a single tile."""
 
 

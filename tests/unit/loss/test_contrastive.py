@@ -35,9 +35,9 @@ def test_tiles_cover_each_element_once(shape: tuple[int, int], limit: int) -> No
 
 
 def test_small_batches_are_one_tile() -> None:
-    assert len(list(tiles(2048, 2048, TILE))) == 1
-    assert len(list(tiles(128, 32768, TILE))) == 1
-    assert len(list(tiles(2049, 2049, TILE))) == 4
+    assert len(list(tiles(4096, 4096, TILE))) == 1
+    assert len(list(tiles(512, 32768, TILE))) == 1
+    assert len(list(tiles(4097, 4097, TILE))) == 4
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 20.0, 100.0])
