@@ -229,7 +229,7 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
     flops = flops_per_pair(clip.model, clip.preprocess.size, clip.context_length)
     clip.model.to(env.device)
     convert(clip, job.backend, pairs=job.batch_size // env.world_size, training=True)
-    model, sharded = parallelize(clip, job.parallel, job.backend.precision, env)
+    model, sharded = parallelize(clip, job.parallel, job.backend, env)
     compile_blocks(clip.model, job.backend, env)
     optimizer = build_optimizer(clip.model, job.optim)
     spikes = SpikeDetector(Rules(ignore=job.watch.ignore))

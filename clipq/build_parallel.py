@@ -9,8 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clipq.build_backend import AUTOCAST
 from clipq.config.checks import ConfigError
-from clipq.config.choices import Precision, Strategy
-from clipq.config.groups import ParallelConfig
+from clipq.config.choices import Recipe, Strategy
+from clipq.config.groups import BackendConfig, ParallelConfig
 from clipq.dist.env import DistEnv
 from clipq.dist.shard import Sharded, make_mesh
 from clipq.model.clip import ClipModel
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def parallelize(
-    clip: ClipModel, config: ParallelConfig, precision: Precision, env: DistEnv
+    clip: ClipModel, config: ParallelConfig, backend: BackendConfig, env: DistEnv
 ) -> tuple[nn.Module, Sharded | None]:
     """What is called in place of the model, and what FSDP leaves to be done where it has sharded the model.
 
@@ -32,7 +32,7 @@ def parallelize(
     if not env.is_distributed:
         return clip.model, None
     if config.strategy in (Strategy.fsdp, Strategy.hsdp):
-        return clip.model, _shard(clip, config, precision, env)
+        return clip.model, _shard(clip, config, backend, env)
     wrapped = DistributedDataParallel(
         clip.model,
         device_ids=[env.device.index] if env.device.type == "cuda" else None,
@@ -42,7 +42,7 @@ def parallelize(
     return wrapped, None
 
 
-def _shard(clip: ClipModel, config: ParallelConfig, precision: Precision, env: DistEnv) -> Sharded:
+def _shard(clip: ClipModel, config: ParallelConfig, backend: BackendConfig, env: DistEnv) -> Sharded:
     units = [block for _, block in blocks(clip.model)]
     if not units:
         raise ConfigError(
@@ -63,6 +63,7 @@ def _shard(clip: ClipModel, config: ParallelConfig, precision: Precision, env: D
         clip.model,
         units,
         make_mesh(env, replicas),
-        param_dtype=AUTOCAST[precision],
+        # a low-precision layer quantizes the fp32 weight: one rounded to 16 bits before would be further off
+        param_dtype=AUTOCAST[backend.precision] if backend.recipe is Recipe.bf16 else None,
         reshard_after_forward=config.reshard_after_forward,
     )

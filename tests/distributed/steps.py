@@ -9,10 +9,14 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor
 
+from clipq.build import build_run
 from clipq.config.hydra import configs_dir, register, to_job
 from clipq.config.schema import TrainJob
+from clipq.dist.env import DistEnv
+from clipq.log.console import Console
+from clipq.optim.shards import gathered
 from clipq.train.loop import train_step
-from clipq.train.run import Run
+from clipq.train.run import Pending, Run
 from tests.helpers import TINY_ARCH
 
 PAIRS = 12
@@ -48,13 +52,35 @@ def whole_batches(steps: int) -> list[dict[str, Any]]:
     ]
 
 
-def take_steps(run: Run, batches: list[dict[str, Any]], lr: float = 1e-3) -> Tensor:
-    """The losses of steps on this rank's part of the batches."""
+def take_steps(run: Run, batches: list[dict[str, Any]], lr: float = 1e-3) -> list[Pending]:
+    """Steps on this rank's part of the batches."""
     per_rank = PAIRS // run.env.world_size
     mine = slice(run.env.rank * per_rank, (run.env.rank + 1) * per_rank)
-    return torch.stack(
-        [
-            train_step(run, batch | {k: batch[k][mine] for k in ("image", "text", "key")}, lr=lr).numbers[0]
-            for batch in batches
-        ]
-    )
+    return [train_step(run, batch | {k: batch[k][mine] for k in ("image", "text", "key")}, lr=lr) for batch in batches]
+
+
+def losses_of(steps: list[Pending]) -> Tensor:
+    return torch.stack([step.numbers[0] for step in steps])
+
+
+def run_in(folder: Path, env: DistEnv, name: str, *overrides: str) -> Run:
+    """A run of `job_in`, whose run folder has the name."""
+    return build_run(job_in(folder, *overrides), env, folder / "runs" / name, "", Console(enabled=False))
+
+
+def weights_of(run: Run) -> dict[str, Tensor]:
+    """A copy of all parameters, whole, on rank 0. Collective."""
+    gathered_now = gathered(dict(run.state.model.named_parameters()))
+    return {name: t.detach().clone() for name, t in gathered_now.items()}
+
+
+def flat(weights: dict[str, Tensor]) -> Tensor:
+    """All weights as one vector, without those whose gradient is rounding noise alone: biases of keys."""
+    parts = []
+    for name, t in weights.items():
+        if name.endswith("attn.in_proj.bias"):
+            query, _, value = t.chunk(3)
+            parts += [query, value]
+        else:
+            parts.append(t.flatten())
+    return torch.cat(parts)
