@@ -31,7 +31,11 @@ CASES: dict[int, list[tuple[str, str]]] = {
         ("fsdp parallel.reshard_after_forward=false", "stable_adamw"),
         ("ddp", "adamw"),
     ],
-    4: [("hsdp parallel.replicas=2", "adamw"), ("hsdp parallel.replicas=2", "stable_adamw"), ("fsdp", "adamw")],
+    4: [
+        ("hsdp parallel.replicas=2", "adamw"),
+        ("hsdp parallel.replicas=2", "stable_adamw"),
+        ("fsdp model.grad_checkpointing=true", "adamw"),
+    ],
 }
 
 
