@@ -56,9 +56,8 @@ def _shard(clip: ClipModel, config: ParallelConfig, backend: BackendConfig, env:
             name,
         )
     replicas = config.copies(env.world_size, env.local_world_size)
-    log.info(
-        "%s: %d copies of the model, each in %d shards", config.strategy.value, replicas, env.world_size // replicas
-    )
+    copies = "1 copy of the model, in" if replicas == 1 else f"{replicas} copies of the model, each in"
+    log.info("%s: %s %d shards", config.strategy.value, copies, env.world_size // replicas)
     return Sharded(
         clip.model,
         units,
