@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,14 +13,14 @@ import torch
 from open_clip.transform import image_transform
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from clipq.build_backend import AUTOCAST, compile_blocks, convert, wants_graph, warn_of_slow_bf16
 from clipq.build_data import build_captions, build_stream, find_sources, interpolation, loader_processes, train_batches
+from clipq.build_parallel import parallelize
 from clipq.build_watch import build_guard, build_watch
 from clipq.config.checks import ConfigError
 from clipq.config.choices import Loss, Optimizer, Precision, TaskKind, Wandb
-from clipq.config.groups import BackendConfig, EvalConfig, ModelConfig, OptimConfig, ParallelConfig, TaskConfig
+from clipq.config.groups import BackendConfig, EvalConfig, ModelConfig, OptimConfig, TaskConfig
 from clipq.config.hydra import configs_dir
 from clipq.config.schema import TrainJob
 from clipq.data.evalset import EvalShards, ImageFolder
@@ -30,6 +30,7 @@ from clipq.data.remote import RemoteError
 from clipq.data.shards import expand, names_digest
 from clipq.dist.env import DistEnv
 from clipq.dist.gather import raised_on_every_rank
+from clipq.dist.shard import Sharded
 from clipq.dist.stop import Stop
 from clipq.eval.common import Encoder, Evaluator
 from clipq.eval.prompts import read_classnames, read_templates, subset_indices
@@ -118,6 +119,7 @@ def build_encoder(
     env: DistEnv,
     console: Console,
     stop: Stop | None = None,
+    sharded: Sharded | None = None,
 ) -> Encoder:
     preprocess = clip.preprocess
     transform = image_transform(
@@ -140,6 +142,7 @@ def build_encoder(
         batch_size=config.batch_size,
         workers=default_workers(env.local_world_size) if config.workers is None else config.workers,
         status=console.status,
+        whole=nullcontext if sharded is None else sharded.whole,
         stop=stop or Stop(),
     )
 
@@ -178,17 +181,6 @@ def _evaluator(name: str, task: TaskConfig, examples: int) -> Evaluator:
     )
 
 
-def parallelize(model: nn.Module, config: ParallelConfig, env: DistEnv) -> nn.Module:
-    if not env.is_distributed:
-        return model
-    return DistributedDataParallel(
-        model,
-        device_ids=[env.device.index] if env.device.type == "cuda" else None,
-        bucket_cap_mb=config.bucket_mb,
-        gradient_as_bucket_view=True,
-    )
-
-
 def build_writers(job: TrainJob, folder: Path, env: DistEnv, *, step: int, config: dict[str, Any]) -> Sequence[Writer]:
     if not env.is_main:
         return []
@@ -212,7 +204,7 @@ def build_writers(job: TrainJob, folder: Path, env: DistEnv, *, step: int, confi
 def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Console, stop: Stop | None = None) -> Run:
     """Everything that `train` needs, at the step of the newest checkpoint in the run folder.
 
-    The order is: data (cheap to find wrong), model, conversion to the recipe, optimizer, checkpoint, parallel, compile.
+    The order is: data (cheap to find wrong), model, conversion to the recipe, parallel, compile, optimizer, checkpoint.
     """
     stop = stop or Stop()
     warn_of_slow_bf16(job.backend, env.device)
@@ -237,6 +229,8 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
     flops = flops_per_pair(clip.model, clip.preprocess.size, clip.context_length)
     clip.model.to(env.device)
     convert(clip, job.backend, pairs=job.batch_size // env.world_size, training=True)
+    model, sharded = parallelize(clip, job.parallel, job.backend, env)
+    compile_blocks(clip.model, job.backend, env)
     optimizer = build_optimizer(clip.model, job.optim)
     spikes = SpikeDetector(Rules(ignore=job.watch.ignore))
     state = TrainState(clip.model, optimizer, build_scaler(clip.model, job.backend, env), spikes=spikes)
@@ -261,8 +255,6 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
     lanes = lanes or usual_lanes(max(map(len, shards.values())), env.world_size)
     stream = build_stream(job.data, sources, lanes, clip, env, batch_size=job.batch_size, seed=job.seed)
     workers = loader_processes(job.data, lanes, env)
-    model = parallelize(clip.model, job.parallel, env)
-    compile_blocks(clip.model, job.backend, env)
     run = Run(
         env=env,
         state=state,
@@ -271,7 +263,8 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
         schedule=build_schedule(job),
         loader=functools.partial(train_batches, stream, workers, job.data, env),
         loader_info=order | {"lanes": lanes, "world_size": env.world_size},
-        encoder=build_encoder(clip, job.backend, job.eval, env, console, stop),
+        encoder=build_encoder(clip, job.backend, job.eval, env, console, stop, sharded),
+        sharded=sharded,
         evaluators=evaluators,
         checkpoints=checkpoints,
         console=console,

@@ -52,10 +52,20 @@ def render_synthetic(yaml: str) -> None:
 
 def train_job(job: TrainJob, yaml: str, *, stop: Stop) -> None:
     """Runs a job on this process and those that torchrun started beside it."""
-    from clipq.dist.env import cuda_capability, distributed, world_size_from_environment
+    from clipq.dist.env import (
+        cuda_capability,
+        distributed,
+        local_world_size_from_environment,
+        world_size_from_environment,
+    )
     from clipq.train.lock import locked
 
-    check(job, world_size=world_size_from_environment(), capability=cuda_capability())
+    check(
+        job,
+        world_size=world_size_from_environment(),
+        local_world_size=local_world_size_from_environment(),
+        capability=cuda_capability(),
+    )
     render_synthetic(yaml)
     with distributed(job.device.value, timeout_minutes=job.parallel.timeout_minutes) as env:
         stop.at_once = not env.is_distributed  # from here on ranks wait for each other

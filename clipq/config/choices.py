@@ -65,6 +65,8 @@ class Decay(Enum):
 
 class Strategy(Enum):
     ddp = "ddp"
+    fsdp = "fsdp"
+    hsdp = "hsdp"
     none = "none"
 
 

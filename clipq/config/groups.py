@@ -170,18 +170,71 @@ class ScheduleConfig:
 @dataclass
 class ParallelConfig:
     strategy: Strategy = Strategy.ddp
-    """How several processes share the work: ddp, or none for a single process."""
+    """How several processes share the work. ddp: each has the whole model. fsdp: weights, gradients and optimizer state
+    lie in shards over all of them. hsdp: over those of a node, and each node has a copy. none: a single process. See
+    docs/distributed.md."""
     bucket_mb: int = 25
-    """Megabytes of gradient in one all-reduce of DDP."""
+    """For ddp: megabytes of gradient in one all-reduce."""
+    reshard_after_forward: bool = True
+    """For fsdp and hsdp: free the weights of a block after its forward, and gather them again in the backward; false
+    takes more memory and sends less."""
+    replicas: int | None = None
+    """For hsdp: copies of the model, each in shards over an equal part of the processes; None: one on each node."""
     timeout_minutes: float = 30.0
     """A collective that takes longer than this ends the run."""
 
     def __post_init__(self) -> None:
         require(self.bucket_mb > 0, f"parallel.bucket_mb={self.bucket_mb}: expected a positive number")
         require(
+            self.replicas is None or self.replicas >= 2,
+            f"parallel.replicas={self.replicas}: expected 2 or more; with one copy choose parallel=fsdp",
+        )
+        sharded = (Strategy.fsdp, Strategy.hsdp)
+        for name, default, have in (
+            ("bucket_mb", 25, (Strategy.ddp,)),
+            ("reshard_after_forward", True, sharded),
+            ("replicas", None, (Strategy.hsdp,)),
+        ):
+            value = getattr(self, name)
+            shown = str(value).lower() if isinstance(value, bool) else value
+            require(
+                value == default or self.strategy in have,
+                f"parallel.{name}={shown} with parallel={self.strategy.value}: only "
+                f"{' and '.join(f'parallel={s.value}' for s in have)} {'has' if len(have) == 1 else 'have'} it",
+            )
+        require(
             0 < self.timeout_minutes < math.inf,
             f"parallel.timeout_minutes={self.timeout_minutes}: expected a positive, finite number",
         )
+
+    def copies(self, world_size: int, local_world_size: int) -> int:
+        """Copies of the model that are in shards, under fsdp or hsdp.
+
+        Args:
+            local_world_size: processes on this node.
+
+        Raises:
+            ConfigError: the processes cannot share so many evenly, or there is nothing left to share.
+        """
+        if self.strategy is Strategy.fsdp or world_size == 1:
+            return 1
+        replicas = self.replicas or world_size // local_world_size
+        given = f"parallel.replicas={self.replicas}" if self.replicas else "parallel=hsdp (a copy on each node)"
+        mend = "set parallel.replicas to a divisor of the processes that is from 2 to half of them, or choose parallel="
+        require(
+            replicas > 1,
+            f"{given} with {world_size} processes on one node: that would be one copy: set parallel.replicas=2 or "
+            "more, or choose parallel=fsdp",
+        )
+        require(
+            world_size % replicas == 0,
+            f"{given} with {world_size} processes: they cannot share {replicas} copies evenly: {mend}fsdp",
+        )
+        require(
+            replicas < world_size,
+            f"{given} with {world_size} processes: each would have a whole copy: {mend}ddp",
+        )
+        return replicas
 
 
 @dataclass

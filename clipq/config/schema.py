@@ -89,6 +89,13 @@ class TrainJob:
             f"guard.rise={self.guard.rise} with backend.precision=fp16, whose loss scaling decides on each update: use "
             "bf16, or guard.rise=null (losses that are not finite are seen with fp16 too)",
         )
+        require(
+            self.backend.precision is not Precision.fp16
+            or self.backend.loss_scale is not None
+            or self.parallel.strategy in (Strategy.ddp, Strategy.none),
+            f"backend.precision=fp16 with parallel={self.parallel.strategy.value}: torch's dynamic loss scale does not "
+            "take shards: set backend.loss_scale=65536, or choose backend=bf16",
+        )
         s = self.schedule
         require(
             s.warmup + s.cooldown <= self.steps,
@@ -132,8 +139,12 @@ class EvalJob:
         )
 
 
-def check(job: TrainJob, *, world_size: int, capability: tuple[int, int] | None) -> None:
+def check(job: TrainJob, *, world_size: int, local_world_size: int, capability: tuple[int, int] | None) -> None:
     """Checks that look at the processes and the device.
+
+    Args:
+        local_world_size: processes on this node.
+        capability: compute capability of this process's GPU, None where there is none.
 
     Raises:
         ConfigError: the job cannot run with `world_size` processes on this device.
@@ -147,6 +158,8 @@ def check(job: TrainJob, *, world_size: int, capability: tuple[int, int] | None)
         job.parallel.strategy is not Strategy.none or world_size == 1,
         f"parallel=none with {world_size} processes: choose parallel=ddp, or start one process",
     )
+    if job.parallel.strategy in (Strategy.fsdp, Strategy.hsdp):
+        job.parallel.copies(world_size, local_world_size)
     lanes = job.data.lanes
     require(
         lanes is None or lanes % world_size == 0,

@@ -68,6 +68,11 @@ def world_size_from_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_world_size_from_environment() -> int:
+    """Number of processes that torchrun started on this node; 1 without torchrun."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size_from_environment())))
+
+
 def cuda_capability() -> tuple[int, int] | None:
     """Compute capability of this process's GPU, None where there is none."""
     if not torch.cuda.is_available():
@@ -85,7 +90,7 @@ def distributed(device: str = "auto", *, timeout_minutes: float = 30.0) -> Itera
     """
     rank, local_rank = (int(os.environ.get(k, "0")) for k in ("RANK", "LOCAL_RANK"))
     world_size = world_size_from_environment()
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
+    local_world_size = local_world_size_from_environment()
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if use_cuda:
         if local_rank >= torch.cuda.device_count():

@@ -8,7 +8,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,6 +41,8 @@ class Encoder:
     workers: int = 1
     status: Callable[[str], None] = field(default=lambda text: None)
     """Is told how far an evaluation has come."""
+    whole: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Collective; within, every rank may use the model as often as its own share takes."""
     stop: Stop = field(default_factory=Stop)
     """What may break an evaluation off: this rank then leaves out the rest of its share, and all end as they `agree`
     on it before they next need each other's part."""
@@ -88,7 +90,7 @@ class Encoder:
         training = self.model.training
         self.model.eval()
         try:
-            with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+            with self.whole(), torch.inference_mode(), torch.compiler.set_stance("force_eager"):
                 yield
         finally:
             self.model.train(training)

@@ -156,7 +156,8 @@ def quantized_once(model: nn.Module) -> Iterator[None]:
         # a weight that pruning or weight norm computes in each forward is no parameter, and new each time
         if isinstance(m, LowpLinear) and "weight" in m._parameters
     }
-    versions = {name: layer.weight._version for name, layer in layers.items()}
+    # FSDP puts a whole weight in place of its shard, and back: what is compared is one and the same tensor
+    weights = {name: (layer.weight, layer.weight._version) for name, layer in layers.items()}
     stepped: set[int] = set()  # fused optimizers leave the version as it is
     hook = register_optimizer_step_post_hook(
         lambda optimizer, *_: stepped.update(id(p) for group in optimizer.param_groups for p in group["params"])
@@ -173,7 +174,7 @@ def quantized_once(model: nn.Module) -> Iterator[None]:
         hook.remove()
         for name, layer in layers.items():
             layer._held, layer._holding = before[name]
-    changed = [n for n, m in layers.items() if m.weight._version != versions[n] or id(m.weight) in stepped]
+    changed = [n for n, (w, version) in weights.items() if w._version != version or id(w) in stepped]
     if changed:
         raise RuntimeError(
             f"{changed[0]}.weight (and {len(changed) - 1} more) changed inside of quantized_once: end the block before "

@@ -195,7 +195,8 @@ class Block(nn.Module):
 
     def get_weight_dtype(self) -> torch.dtype:
         """Read by OpenCLIP's towers to cast their embeddings."""
-        return self.mlp.c_fc.weight.dtype
+        # of a norm: FSDP may hold a matrix in autocast's type
+        return self.ln_1.weight.dtype  # pyright: ignore[reportReturnType]
 
     def forward(
         self,

@@ -26,6 +26,7 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from clipq.model.surgery import blocks
+from clipq.optim.shards import laid_out_as
 
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "open_clip_config.json"
@@ -75,7 +76,7 @@ def from_openclip(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[st
 
 
 def load_openclip(model: nn.Module, state_dict: Mapping[str, Tensor], *, source: str = "these weights") -> None:
-    """Copies weights with OpenCLIP's keys into a model, every one of them.
+    """Copies weights with OpenCLIP's keys into a model, every one of them; under FSDP each rank takes its shards.
 
     Position embeddings of another image size or context length are interpolated as OpenCLIP does. Checkpoints
     from before OpenCLIP moved the text tower to `text.` load too.
@@ -98,7 +99,8 @@ def load_openclip(model: nn.Module, state_dict: Mapping[str, Tensor], *, source:
     problems = _differences(given, expected)
     if problems:
         raise WeightsError(f"{source}: not the weights of this model\n" + "\n".join(problems))
-    model.load_state_dict(from_openclip(model, given), strict=True)
+    laid_out = {key: laid_out_as(expected[key], tensor) for key, tensor in given.items()}
+    model.load_state_dict(from_openclip(model, laid_out), strict=True)
 
 
 def _resize_positions(model: nn.Module, given: dict[str, Tensor], expected: Mapping[str, Tensor]) -> None:

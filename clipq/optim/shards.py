@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,31 @@ def local_grad(p: Tensor) -> Tensor:
     if own is not None and grad is not None and own.placements != grad.placements:
         return grad.redistribute(placements=own.placements).to_local()
     return local(p.grad)  # pyright: ignore[reportArgumentType]
+
+
+def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with sharded ones whole, on the CPU; on other ranks than 0 these are empty. Collective.
+
+    One is gathered after another, so that a device holds no more than one of them whole.
+    """
+    found = dict(tensors)
+    for name, tensor in tensors.items():
+        if (sharded := _sharded(tensor)) is not None:
+            whole = sharded.full_tensor()
+            found[name] = whole.cpu() if dist.get_rank() == 0 else torch.empty(0)
+    return found
+
+
+def laid_out_as(like: Tensor, whole: Tensor) -> Tensor:
+    """A tensor that every process has whole, sharded as another one is; itself where that is not sharded."""
+    sharded = _sharded(like)
+    if sharded is None:
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = sharded.device_mesh, sharded.placements
+    part = distribute_tensor(whole.detach(), mesh, placements, src_data_rank=None)  # nothing is sent
+    return torch.empty_like(sharded, dtype=whole.dtype).copy_(part)  # the part may be a view of the whole
 
 
 def reducer(params: list[Tensor]) -> Callable[[Tensor], Tensor] | None:

@@ -19,10 +19,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from clipq.dist.env import DistEnv
 from clipq.dist.gather import raised_on_every_rank
 from clipq.model.weights import CONFIG_FILE, WeightsError, load_openclip, read_weights, save_weights
+from clipq.optim.shards import gathered
 from clipq.train.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -99,17 +101,18 @@ class Checkpoints:
             CheckpointError: the checkpoint could not be written; those before it are untouched.
         """
         saved = {**state.state_dict(), "loader": loader}
+        weights = gathered(state.model.state_dict())
         with raised_on_every_rank(CheckpointError):
             if self._env.is_main:
-                self._write(state, saved)
+                self._write(state, weights, saved)
         self._saved_at = time.monotonic()
 
-    def _write(self, state: TrainState, saved: dict[str, Any]) -> None:
+    def _write(self, state: TrainState, weights: dict[str, Tensor], saved: dict[str, Any]) -> None:
         final = self.path(state.step)
         part = self.folder / f".part_{final.name}"
         try:
             part.mkdir()
-            save_weights(state.model, part / "model.safetensors")
+            save_weights(state.model, part / "model.safetensors", weights)
             with (part / "state.pt").open("wb") as file:
                 torch.save(saved, file)
                 file.flush()

@@ -26,6 +26,16 @@ def total_norm(norms: Tensor) -> Tensor:
     return torch.linalg.vector_norm(norms, dtype=torch.float64).float()
 
 
+@torch.no_grad()
+def clip_gradients(params: Sequence[nn.Parameter], limit: float, norm: Tensor) -> None:
+    """Scales all gradients so that their norm, which is known, is at most the limit.
+
+    As `torch.nn.utils.clip_grads_with_norm_`, which does not take sharded gradients and others together.
+    """
+    grads = [local_grad(p) for p in params if p.grad is not None]
+    torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1.0))  # pyright: ignore[reportPrivateImportUsage]
+
+
 class Guard:
     """Judges each step before its update.
 

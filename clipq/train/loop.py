@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from clipq.dist.gather import gather_objects
 from clipq.dist.stop import Stopped
@@ -23,7 +23,7 @@ from clipq.log.writers import evaluated
 from clipq.optim.loss_scale import FixedLossScaler
 from clipq.optim.shards import local
 from clipq.train.events import flush, measure_quantization, newest, rewind
-from clipq.train.guard import gradient_norms, total_norm
+from clipq.train.guard import clip_gradients, gradient_norms, total_norm
 from clipq.train.profile import profiler
 from clipq.train.run import Pending, Run, diverged, write
 
@@ -145,7 +145,7 @@ def train_step(run: Run, batch: dict[str, Any], lr: float) -> Pending:
     norms = gradient_norms(params)
     norm = total_norm(norms)
     if run.clip_norm is not None:
-        nn.utils.clip_grads_with_norm_(params, run.clip_norm, norm)
+        clip_gradients(params, run.clip_norm, norm)
     bad = run.guard.judge(numbers[0], norm)
     watching = run.watch.due(step)
     if watching:
@@ -183,6 +183,8 @@ def forward_backward(run: Run, image_BCHW: Tensor, text_BL: Tensor) -> Tensor:
     keys = ("image_features", "text_features", "logit_scale", "logit_bias")
     loss, largest = run.loss(*(out[key] for key in keys if key in out))
     run.state.scaler.scale(loss).backward()
+    if run.sharded is not None:
+        run.sharded.average_small()
     with torch.no_grad():
         finite = [out[f].isfinite().all().float() for f in ("image_features", "text_features")]
         return torch.stack((loss, out["logit_scale"].float(), largest, *finite))

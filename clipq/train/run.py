@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from clipq.data.filters import told
 from clipq.data.loader import StreamPlace
 from clipq.dist.env import DistEnv
+from clipq.dist.shard import Sharded
 from clipq.dist.stop import Stop
 from clipq.eval.common import Encoder, Evaluator
 from clipq.log.console import Console
@@ -120,6 +121,8 @@ class Run:
     """Features of images and of texts, logit scale and, if the model has one, logit bias -> loss and largest logit."""
     graph: Graphed | None = None
     """`forward_backward` of this run as a CUDA graph; None calls it as it is."""
+    sharded: Sharded | None = None
+    """What FSDP leaves to be done, where it shards the model."""
     clip_norm: float | None = None
     max_logit_scale: float = 100.0
     log_every: int = 10

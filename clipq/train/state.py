@@ -12,6 +12,7 @@ from torch import nn
 from clipq.data.loader import StreamPlace
 from clipq.dist.gather import gather_objects
 from clipq.optim.loss_scale import FixedLossScaler
+from clipq.optim.shards import gathered, laid_out_as
 from clipq.watch.spikes import SpikeDetector
 
 log = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ class TrainState:
     """Model, optimizer, loss scaler and counters of a run."""
 
     model: nn.Module
-    """The bare model, not wrapped for DDP."""
+    """The bare model, not wrapped for DDP; FSDP shards it in place."""
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | FixedLossScaler
     step: int = 0
@@ -38,7 +39,10 @@ class TrainState:
     """Mean of the loss that the guard holds losses against, as of when numbers were last read."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the model's weights, in tensors and plain values. Collective: every rank must call it."""
+        """Everything but the model's weights, in tensors and plain values. Collective: every rank must call it.
+
+        What FSDP shards is whole on rank 0, on the CPU, and empty on other ranks.
+        """
         rng = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_initialized():
             rng["cuda"] = torch.cuda.get_rng_state()
@@ -47,11 +51,27 @@ class TrainState:
             "data": self._place(),
             "samples": self.samples,
             "seconds": self.seconds,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self._optimizer(),
             "scaler": self.scaler.state_dict(),
             "spikes": self.spikes.state_dict(),
             "learned": self.learned,
             "rng": gather_objects(rng),
+        }
+
+    def _optimizer(self) -> dict[str, Any]:
+        state = self.optimizer.state_dict()
+        return {**state, "state": {number: gathered(values) for number, values in state["state"].items()}}
+
+    def _sharded(self, saved: dict[str, Any]) -> dict[int, dict[str, Any]]:
+        """An optimizer's state by parameter, with the moments sharded as the parameters are."""
+        numbers = [n for group in saved["param_groups"] for n in group["params"]]
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        of = dict(zip(numbers, params, strict=True))
+        return {
+            number: {
+                name: laid_out_as(of[number], v) if v.shape == of[number].shape else v for name, v in values.items()
+            }
+            for number, values in saved["state"].items()
         }
 
     def _place(self) -> dict[str, Any] | None:
@@ -73,7 +93,8 @@ class TrainState:
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         # before loading: by `fused` torch decides where the counts of steps are to lie
         groups = [old | own for old, own in zip(saved["optimizer"]["param_groups"], settings, strict=True)]
-        self.optimizer.load_state_dict({**saved["optimizer"], "param_groups": groups})
+        moments = self._sharded(saved["optimizer"])
+        self.optimizer.load_state_dict({**saved["optimizer"], "state": moments, "param_groups": groups})
         dynamic = isinstance(self.scaler, torch.amp.GradScaler) and self.scaler.is_enabled()
         if dynamic and "scale" not in saved["scaler"]:
             log.warning("the checkpoint has no dynamic loss scale: it begins at %g", self.scaler.get_scale())

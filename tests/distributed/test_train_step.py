@@ -9,54 +9,14 @@ import pytest
 import torch
 
 from clipq.build import build_run
-from clipq.config.hydra import register, to_job
-from clipq.config.schema import TrainJob
 from clipq.dist.env import distributed
 from clipq.log.console import Console
-from clipq.train.loop import require_finite_weights, train_step
+from clipq.train.loop import require_finite_weights
 from clipq.train.run import DivergedError, Run
-from tests.helpers import TINY_ARCH, colour_shards, run_distributed, tiny_arch
+from tests.distributed.steps import job_in, losses_of, take_steps, whole_batches
+from tests.helpers import colour_shards, run_distributed, tiny_arch
 
 STEPS = 4
-
-
-def job_in(folder: Path, loss: str) -> TrainJob:
-    from hydra import compose, initialize_config_dir
-
-    from clipq.config.hydra import configs_dir
-
-    register({})
-    with initialize_config_dir(str(configs_dir()), version_base="1.3"):
-        cfg = compose(
-            "train",
-            [
-                f"model.name={folder}/tiny.json",
-                f"data.shards={folder}/*.tar",
-                "name=x",
-                "batch_size=12",
-                "backend=fp32",
-                f"steps={STEPS}",
-                "optim.clip_norm=1.0",
-                f"loss={loss}",
-            ],
-        )
-    return to_job(cfg, TrainJob)
-
-
-def whole_batches() -> list[dict[str, Any]]:
-    g = torch.Generator().manual_seed(1)
-    length = TINY_ARCH["text_cfg"]["context_length"]
-    return [
-        {
-            "image": torch.randint(0, 256, (12, 3, 16, 16), generator=g, dtype=torch.uint8),
-            "text": torch.randint(1, 49408, (12, length), generator=g, dtype=torch.int32),
-            "key": [str(n) for n in range(12)],
-            "lost": 0,
-            "filtered": {},
-            "sources": {},
-        }
-        for _ in range(STEPS)
-    ]
 
 
 def train_on(run: Run) -> dict[str, Any]:
@@ -65,21 +25,23 @@ def train_on(run: Run) -> dict[str, Any]:
     hook = run.state.optimizer.register_step_pre_hook(
         lambda *_: gradients.update({n: p.grad.clone() for n, p in run.state.model.named_parameters()})
     )
-    losses = []
-    per_rank = 12 // run.env.world_size
-    mine = slice(run.env.rank * per_rank, (run.env.rank + 1) * per_rank)
-    for batch in whole_batches():
-        losses.append(
-            train_step(run, batch | {k: batch[k][mine] for k in ("image", "text", "key")}, lr=1e-3).numbers[0]
-        )
-        hook.remove()
+    first, *others = whole_batches(STEPS)
+    steps = take_steps(run, [first])
+    hook.remove()
+    losses = losses_of(steps + take_steps(run, others))
     weights = {n: p.detach().clone() for n, p in run.state.model.named_parameters()}
-    return {"losses": torch.stack(losses), "gradients": gradients, "weights": weights}
+    return {"losses": losses, "gradients": gradients, "weights": weights}
 
 
 def rank_of_two(folder: str, loss: str) -> None:
     with distributed("cpu") as env:
-        run = build_run(job_in(Path(folder), loss), env, Path(folder) / "run", "", Console(enabled=False))
+        run = build_run(
+            job_in(Path(folder), f"steps={STEPS}", f"loss={loss}"),
+            env,
+            Path(folder) / "run",
+            "",
+            Console(enabled=False),
+        )
         drawn = torch.rand(8)
         torch.save({"drawn": drawn, **train_on(run)}, f"{folder}/{env.rank}.pt")
         require_finite_weights(run)
@@ -96,11 +58,13 @@ def test_two_processes_equal_one(loss: str, tmp_path: Path) -> None:
     run_distributed(rank_of_two, 2, str(tmp_path), loss)
     ranks = [torch.load(tmp_path / f"{r}.pt") for r in range(2)]
     for rank, found in enumerate(ranks):  # what dropout draws from: the seed's own on each rank, never the same
-        torch.manual_seed(job_in(tmp_path, loss).seed + rank)
+        torch.manual_seed(job_in(tmp_path, f"steps={STEPS}", f"loss={loss}").seed + rank)
         assert torch.equal(found["drawn"], torch.rand(8))
     assert not torch.equal(ranks[0]["drawn"], ranks[1]["drawn"])
     with distributed("cpu") as env:
-        run = build_run(job_in(tmp_path, loss), env, tmp_path / "run1", "", Console(enabled=False))
+        run = build_run(
+            job_in(tmp_path, f"steps={STEPS}", f"loss={loss}"), env, tmp_path / "run1", "", Console(enabled=False)
+        )
         start = {n: p.detach().clone() for n, p in run.state.model.named_parameters()}
         one = train_on(run)
 

@@ -76,6 +76,20 @@ MISTAKES = {
     "watching never": (["watch.every=0"], ["watch.every=0", "1 or more steps"]),
     "nothing to skip": (["backend.skip=auto"], ["backend.skip=auto", "nothing to skip"]),
     "CUDA graph on a CPU": (["backend.cuda_graph=on", "device=cpu"], ["backend.cuda_graph=on needs a CUDA GPU"]),
+    "buckets without DDP": (
+        ["parallel=fsdp", "parallel.bucket_mb=50"],
+        ["parallel.bucket_mb=50 with parallel=fsdp: only parallel=ddp has it"],
+    ),
+    "resharding without shards": (
+        ["parallel.reshard_after_forward=false"],
+        ["parallel.reshard_after_forward=false with parallel=ddp: only parallel=fsdp and parallel=hsdp have it"],
+    ),
+    "copies without HSDP": (["parallel=fsdp", "parallel.replicas=2"], ["parallel.replicas=2", "only parallel=hsdp"]),
+    "one copy": (["parallel=hsdp", "parallel.replicas=1"], ["parallel.replicas=1: expected 2", "parallel=fsdp"]),
+    "a dynamic loss scale in shards": (
+        ["parallel=fsdp", "backend=fp16"],
+        ["backend.precision=fp16 with parallel=fsdp", "backend.loss_scale=65536"],
+    ),
     "setting of another optimizer": (
         ["optim.clip_threshold=2"],
         ["optim.clip_threshold=2", "optim.name=adamw", "only optim=stable_adamw"],
@@ -210,6 +224,33 @@ def test_batch_not_divisible(world: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert "15" in message
     message = fails(train_command.main, [*arguments, "batch_size=15", "parallel=none"], monkeypatch, capsys)
     assert "parallel=none with 3 processes" in message
+
+
+@pytest.mark.parametrize(
+    ("processes", "on_node", "overrides", "expected"),
+    [
+        (4, 4, [], "parallel=hsdp (a copy on each node) with 4 processes on one node: that would be one copy"),
+        (4, 1, [], "parallel=hsdp (a copy on each node) with 4 processes: each would have a whole copy"),
+        (4, 4, ["parallel.replicas=3"], "parallel.replicas=3 with 4 processes: they cannot share 3 copies evenly"),
+        (4, 2, ["parallel.replicas=4"], "parallel.replicas=4 with 4 processes: each would have a whole copy"),
+    ],
+)
+def test_copies_that_processes_cannot_share(
+    processes: int,
+    on_node: int,
+    overrides: list[str],
+    expected: str,
+    world: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(world)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(on_node))
+    arguments = ["data.shards=data/*.tar", "batch_size=16", "parallel=hsdp", *overrides]
+    message = fails(train_command.main, arguments, monkeypatch, capsys)
+    assert expected in message
+    assert "choose parallel=" in message
 
 
 @pytest.mark.parametrize(

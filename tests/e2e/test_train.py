@@ -202,6 +202,24 @@ def test_two_processes_make_the_run_of_one(whole_run: Path, world: Path) -> None
     assert [row["loss"] for row in read_metrics(folder)] == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.slow
+def test_two_processes_in_shards_make_the_run_of_one(whole_run: Path, world: Path) -> None:
+    """Losses and accuracy of one process, from shards; one process takes their checkpoint over."""
+    settings = overrides(world, "name=shards", "data.workers=1", "watch.every=5")
+    done = command_on_two_ranks("train", *settings, "parallel=fsdp", cwd=world)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "fsdp: 1 copy of the model, in 2 shards" in done.stdout
+    folder, expected = world / "runs" / "shards", read_metrics(whole_run)
+    assert [row["loss"] for row in read_metrics(folder)] == pytest.approx([r["loss"] for r in expected], rel=1e-3)
+    (evaluation,), (of_one,) = read_metrics(folder, "eval"), read_metrics(whole_run, "eval")
+    assert evaluation["metrics"] == pytest.approx(of_one["metrics"], abs=0.02)
+
+    shutil.rmtree(folder / "checkpoints" / "step_00000030")
+    command("train", *settings, "parallel=none", cwd=world)
+    assert [row["loss"] for row in read_metrics(folder)] == pytest.approx([r["loss"] for r in expected], rel=1e-3)
+
+
 def test_resume_refuses_another_order_of_samples(whole_run: Path, world: Path) -> None:
     for setting, says in {
         "seed=3": "seed: 0 -> 3",

@@ -9,8 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
-from clipq.lowp import convert_linears, quantized_once
+from clipq.lowp import LowpLinear, convert_linears, quantized_once
+from clipq.lowp.products import QuantizedWeight
 from tests.helpers import run_distributed
 from tests.unit.lowp.towers import Counted
 
@@ -53,6 +55,51 @@ def compare() -> None:
     gc.collect()  # or threads of gloo outlive the group
     dist.barrier()
     dist.destroy_process_group()
+
+
+def hold() -> None:
+    """Weights are held by what computes, compiled too, and whether FSDP keeps them whole or not."""
+    dist.init_process_group("gloo")
+    x = torch.randn(6, 24, generator=torch.Generator().manual_seed(1))
+    for reshard, compiled in ((False, False), (True, True)):
+        torch._dynamo.reset()
+        sharded = model()
+        layers = [layer for layer in sharded if isinstance(layer, LowpLinear)]
+        for layer in layers:
+            fully_shard(layer, reshard_after_forward=reshard)
+            if compiled:
+                layer.forward = torch.compile(layer.forward, fullgraph=True, backend="aot_eager")
+        fully_shard(sharded)
+        expected = sharded(x).detach()  # with reshard=False the weights now stay whole until a backward
+        for _ in range(2):
+            with quantized_once(sharded):
+                y = sharded(x)
+                y.square().mean().backward()
+                torch.testing.assert_close(y, expected)
+                for layer in layers:
+                    assert layer._held is not None
+                    layer._held = QuantizedWeight(*(torch.zeros_like(t) for t in layer._held))
+                y = sharded(x)
+                last = layers[-1].bias
+                assert last is not None
+                bias = last.full_tensor() if isinstance(last, DTensor) else last
+                torch.testing.assert_close(y, bias.detach().expand_as(y))
+                y.sum().backward()
+            assert all(layer._held is None for layer in layers)
+        with pytest.raises(RuntimeError, match="changed inside of quantized_once"), quantized_once(sharded):
+            torch.optim.SGD(sharded.parameters(), lr=0.1).step()
+        with quantized_once(sharded):  # the weights are shards at the begin and may be whole at the end
+            y = sharded(x)
+        with quantized_once(sharded):  # and the other way round
+            y.sum().backward()
+        del sharded, layers, layer, last, bias, y
+        gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_what_computes_holds_the_weights() -> None:
+    run_distributed(hold, 2)
 
 
 def test_two_sharded_processes_have_the_gradients_of_one() -> None:

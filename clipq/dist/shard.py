@@ -1,0 +1,107 @@
+"""A model in shards over processes, by torch's FSDP2 (`fully_shard`).
+
+What has two dimensions and more is sharded: it is nearly all of a model. What has fewer (gains, biases, the logit
+scale) stays whole on each process, in fp32: together it is small, FSDP2 takes no scalars, and autocast computes norms
+in fp32, for which FSDP2 would have cast their gains with the matrices of their block.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+from clipq.dist.env import DistEnv
+
+
+def make_mesh(env: DistEnv, replicas: int) -> DeviceMesh:
+    """Processes as [replicas, shards]: those of one copy of the model are neighbours by rank. [shards] for one copy."""
+    shape = (replicas, env.world_size // replicas) if replicas > 1 else (env.world_size,)
+    names = ("replicate", "shard")[-len(shape) :]
+    return init_device_mesh(env.device.type, shape, mesh_dim_names=names)
+
+
+class Sharded:
+    """Shards a model in place, and does for it what FSDP2 leaves to its user.
+
+    Args:
+        model: on its device, with the same weights on every rank; the weights are fp32, and stay so.
+        units: modules inside of it whose matrices are gathered together for their forward and backward; the rest of
+            the model is one more such unit, which is kept from forward to backward.
+        mesh: of `make_mesh`.
+        param_dtype: type in which the units' matrices are gathered, which autocast would make of them anyway; None
+            for their own. What lies outside of units is gathered as it is: autocast leaves embeddings alone.
+        reshard_after_forward: free the units' matrices after the forward, and gather them in the backward again.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        units: Sequence[nn.Module],
+        mesh: DeviceMesh,
+        *,
+        param_dtype: torch.dtype | None,
+        reshard_after_forward: bool,
+    ) -> None:
+        self._model, self._reshard = model, reshard_after_forward
+        self._small = [p for p in model.parameters() if p.ndim < 2]
+        for module in (*units, model):
+            root = module is model
+            fully_shard(
+                module,
+                mesh=mesh,
+                reshard_after_forward=reshard_after_forward and not root,
+                mp_policy=MixedPrecisionPolicy(
+                    param_dtype=None if root else param_dtype,
+                    reduce_dtype=torch.float32,
+                    cast_forward_inputs=False,  # the residual stream is fp32
+                ),
+                ignored_params=set(self._small),
+            )
+        self._units = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        self._begin()
+
+    def _begin(self) -> None:
+        """Lets the model be the root before anything calls a unit by itself, as an evaluation may."""
+        setattr(self._model, "begin", types.MethodType(lambda _: None, self._model))  # noqa: B010
+        register_fsdp_forward_method(self._model, "begin")
+        with torch.no_grad():
+            self._model.begin()  # pyright: ignore[reportCallIssue]
+        del self._model.begin
+        for unit in self._units:
+            unit.reshard()
+
+    @torch.no_grad()
+    def average_small(self) -> None:
+        """Means over ranks of the gradients that FSDP2 leaves alone, after the backward. Collective."""
+        grads = [p.grad for p in self._small if p.grad is not None]
+        if not grads:
+            return
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        means = flat.split([g.numel() for g in grads])
+        for grad, mean in zip(grads, means, strict=True):
+            grad.copy_(mean.view_as(grad))
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """All weights on every rank, so that ranks may call the model, and parts of it, as often as each likes.
+
+        For an evaluation, in which ranks have unequal shares. Collective at its begin.
+        """
+        self._model.set_reshard_after_forward(False)  # pyright: ignore[reportCallIssue]
+        for unit in self._units:
+            unit.unshard()
+        try:
+            yield
+        finally:
+            for unit in self._units:
+                unit.set_reshard_after_forward(self._reshard and unit is not self._model, recurse=False)
+                unit.reshard()
