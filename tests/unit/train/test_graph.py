@@ -21,9 +21,12 @@ def decide(
     distributed: bool = False,
     checkpointing: bool = False,
     kept: Any = (),
+    accumulation: int = 1,
 ) -> bool:
     job = SimpleNamespace(
-        backend=SimpleNamespace(cuda_graph=switch), model=SimpleNamespace(grad_checkpointing=checkpointing)
+        backend=SimpleNamespace(cuda_graph=switch),
+        model=SimpleNamespace(grad_checkpointing=checkpointing),
+        accumulation=accumulation,
     )
     clip = SimpleNamespace(report=SimpleNamespace(kept=dict(kept)))
     env = SimpleNamespace(device=torch.device(device), is_distributed=distributed)
@@ -44,6 +47,15 @@ def test_auto_does_not_record_elsewhere(obstacle: dict[str, Any]) -> None:
 def test_on_and_off_are_obeyed() -> None:
     assert decide(Switch.on, kept=KEPT)
     assert not decide(Switch.off)
+
+
+def test_accumulation_is_not_recorded_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "clipq")
+    assert not decide(accumulation=4)
+    assert caplog.messages == ["accumulation=4: steps are not recorded as a CUDA graph"]
+    caplog.clear()
+    assert not decide(accumulation=4, device="cpu")
+    assert not caplog.messages, "without accumulation it would not be recorded either"
 
 
 def test_first_calls_are_the_function_itself() -> None:
