@@ -150,8 +150,8 @@ def check(job: TrainJob, *, world_size: int, capability: tuple[int, int] | None)
     parts = job.accumulation * world_size
     require(
         job.batch_size % parts == 0,
-        f"batch_size={job.batch_size} cannot be cut into accumulation={job.accumulation} equal parts on "
-        f"{'one process' if world_size == 1 else f'each of {world_size} processes'}: the nearest that can: "
+        f"batch_size={job.batch_size} cannot be cut into accumulation={job.accumulation} equal parts"
+        f"{f' on each of {world_size} processes' if world_size > 1 else ''}: the nearest that can: "
         f"{max(1, round(job.batch_size / parts)) * parts}",
     )
     require(

@@ -51,10 +51,16 @@ def trained(folder: Path, env: DistEnv, *overrides: str) -> tuple[dict[str, Tens
     """Weights before and after, and the losses of the steps."""
     run = built(folder, env, f"batch_size={PAIRS}", f"steps={STEPS}", *overrides)
     start = {n: p.detach().clone() for n, p in run.state.model.named_parameters()}
-    losses = []
+    losses, storages = [], []
+    run.state.model.get_parameter("visual.proj").register_post_accumulate_grad_hook(
+        lambda p: storages.append(p.grad.untyped_storage().data_ptr())
+    )
     for step, batch in enumerate(batches_of(env)):
         run.state.step = step
         losses.append(train_step(run, batch, RATE).numbers[0].item())
+    assert len(storages) == STEPS * run.accumulation
+    if run.accumulation > 1:  # DDP makes its buckets anew in the second step
+        assert len(set(storages[2 * run.accumulation :])) == 1, "sums lie beside DDP's buckets, not in them"
     return start, dict(run.state.model.named_parameters()), losses
 
 

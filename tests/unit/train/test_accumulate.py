@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -203,22 +202,16 @@ def test_batch_norm_counts_each_micro_batch_once(tmp_path: Path, shards: list[st
         torch.testing.assert_close(b, expected[name], rtol=1e-12, atol=1e-12)
 
 
-@pytest.fixture
-def _fresh_dynamo() -> Iterator[None]:
+@pytest.mark.slow
+def test_compiled_blocks(small: Path, shards: list[str]) -> None:
     torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_fresh_dynamo")
-@pytest.mark.parametrize("recipe", ["fp32", "switchback"])
-def test_compiled_blocks(recipe: str, small: Path, shards: list[str]) -> None:
-    run = run_of(small, shards, f"backend={recipe}", "backend.precision=fp32", "model.grad_checkpointing=true")
+    run = run_of(small, shards, "backend=switchback", "backend.precision=fp32", "model.grad_checkpointing=true")
     run.model.train()
     expected, _ = gradients(run, 4, batch_of())
     for _, block in blocks(run.state.model):
         block.forward = torch.compile(block.forward, fullgraph=True, backend="aot_eager")
     found, _ = gradients(run, 4, batch_of())
+    torch._dynamo.reset()
     assert_same(found, expected, 1e-4)
 
 
