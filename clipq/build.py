@@ -228,7 +228,7 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
         log.info("%s", line)
     flops = flops_per_pair(clip.model, clip.preprocess.size, clip.context_length)
     clip.model.to(env.device)
-    convert(clip, job.backend, pairs=job.batch_size // env.world_size, training=True)
+    convert(clip, job.backend, pairs=job.batch_size // (env.world_size * job.accumulation), training=True)
     model, sharded = parallelize(clip, job.parallel, job.backend, env)
     compile_blocks(clip.model, job.backend, env)
     optimizer = build_optimizer(clip.model, job.optim)
@@ -272,6 +272,7 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
         folder=folder,
         steps=job.steps,
         batch_size=job.batch_size,
+        accumulation=job.accumulation,
         autocast=AUTOCAST[job.backend.precision],
         flops_per_image=flops,
         clip_norm=job.optim.clip_norm,

@@ -135,9 +135,13 @@ def wants_graph(job: TrainJob, clip: ClipModel, env: DistEnv) -> bool:
     """Whether the step is recorded as a CUDA graph: `auto` is where every block is known to run without the host."""
     if job.backend.cuda_graph is not Switch.auto:
         return job.backend.cuda_graph is Switch.on
-    return (
+    possible = (
         env.device.type == "cuda"
         and not env.is_distributed
         and not job.model.grad_checkpointing
         and not clip.report.kept
     )
+    if possible and job.accumulation > 1:
+        log.info("accumulation=%d: steps are not recorded as a CUDA graph", job.accumulation)
+        return False
+    return possible

@@ -61,6 +61,9 @@ class TrainJob:
     """Optimizer steps of the whole run."""
     batch_size: int = 256
     """Pairs in one step over all ranks."""
+    accumulation: int = 1
+    """Parts of a rank's pairs that go through the model one after another, for memory of one part: the loss contrasts
+    all pairs of all ranks as with 1, and gradients are the same, for up to a third more time."""
     seed: int = 0
     """Decides initial weights, order of samples, augmentation and dropout."""
     device: Device = Device.auto
@@ -76,6 +79,7 @@ class TrainJob:
     def __post_init__(self) -> None:
         require(self.steps >= 1, f"steps={self.steps}: expected 1 or more")
         require(self.batch_size >= 2, f"batch_size={self.batch_size}: a contrast needs at least 2 pairs")
+        require(self.accumulation >= 1, f"accumulation={self.accumulation}: expected 1 or more")
         require(self.seed >= 0, f"seed={self.seed}: expected 0 or more")
         require(
             1 <= self.max_logit_scale < math.inf, f"max_logit_scale={self.max_logit_scale}: expected a number from 1 on"
@@ -154,6 +158,13 @@ def check(job: TrainJob, *, world_size: int, local_world_size: int, capability: 
         f"batch_size={job.batch_size} is not divisible by the {world_size} processes: "
         f"the nearest that is: {max(1, round(job.batch_size / world_size)) * world_size}",
     )
+    parts = job.accumulation * world_size
+    require(
+        job.batch_size % parts == 0,
+        f"batch_size={job.batch_size} cannot be cut into accumulation={job.accumulation} equal parts"
+        f"{f' on each of {world_size} processes' if world_size > 1 else ''}: the nearest that can: "
+        f"{max(1, round(job.batch_size / parts)) * parts}",
+    )
     require(
         job.parallel.strategy is not Strategy.none or world_size == 1,
         f"parallel=none with {world_size} processes: choose parallel=ddp, or start one process",
@@ -175,6 +186,11 @@ def check(job: TrainJob, *, world_size: int, local_world_size: int, capability: 
     require(
         job.backend.cuda_graph is not Switch.on or not job.model.grad_checkpointing,
         "backend.cuda_graph=on with model.grad_checkpointing=true: recomputation cannot be recorded; choose one",
+    )
+    require(
+        job.backend.cuda_graph is not Switch.on or job.accumulation == 1,
+        f"backend.cuda_graph=on with accumulation={job.accumulation}: parts that go through the model again with the "
+        "same random numbers cannot be recorded; choose one",
     )
 
 

@@ -22,10 +22,11 @@ from clipq.log.meters import Meter
 from clipq.log.writers import evaluated
 from clipq.optim.loss_scale import FixedLossScaler
 from clipq.optim.shards import local
+from clipq.train.accumulate import accumulate
 from clipq.train.events import flush, measure_quantization, newest, rewind
 from clipq.train.guard import clip_gradients, gradient_norms, total_norm
 from clipq.train.profile import profiler
-from clipq.train.run import Pending, Run, diverged, write
+from clipq.train.run import Pending, Run, diverged, numbers_of, write
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +130,8 @@ def train_step(run: Run, batch: dict[str, Any], lr: float) -> Pending:
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     if run.graph is None or not run.graph.recorded:  # a recorded backward overwrites the gradients
-        state.optimizer.zero_grad(set_to_none=True)
+        # micro-batches add to them: in the memory that they have, or DDP would hold the sums beside its own buckets
+        state.optimizer.zero_grad(set_to_none=run.accumulation == 1)
     run.watch.before_forward(step)
     compute = functools.partial(forward_backward, run) if run.graph is None else run.graph
     numbers = compute(batch["image"], batch["text"]).clone()  # a recorded step writes the next ones to the same place
@@ -175,19 +177,16 @@ def left_out(run: Run, scaler: FixedLossScaler) -> None:
 
 def forward_backward(run: Run, image_BCHW: Tensor, text_BL: Tensor) -> Tensor:
     """Gradients of a batch into the parameters; returns the first five of `COLUMNS`, of this rank's pairs."""
-    device = run.env.device
-    image_BCHW = run.normalize(image_BCHW.to(device, non_blocking=True))
-    text_BL = text_BL.to(device, non_blocking=True)
-    with torch.autocast(device.type, dtype=run.autocast or torch.bfloat16, enabled=run.autocast is not None):
-        out = run.model(image_BCHW, text_BL)
-    keys = ("image_features", "text_features", "logit_scale", "logit_bias")
-    loss, largest = run.loss(*(out[key] for key in keys if key in out))
-    run.state.scaler.scale(loss).backward()
+    if run.accumulation > 1:
+        numbers = accumulate(run, image_BCHW, text_BL)
+    else:
+        outputs = run.forward(run.model, image_BCHW, text_BL)
+        loss, largest = run.loss(*outputs)
+        run.state.scaler.scale(loss).backward()
+        numbers = numbers_of(loss, largest, *outputs)
     if run.sharded is not None:
         run.sharded.average_small()
-    with torch.no_grad():
-        finite = [out[f].isfinite().all().float() for f in ("image_features", "text_features")]
-        return torch.stack((loss, out["logit_scale"].float(), largest, *finite))
+    return numbers
 
 
 def require_finite_weights(run: Run) -> None:

@@ -43,6 +43,15 @@ COLUMNS = ("loss", "logit_scale", "max_logit", "image_finite", "text_finite", "g
 """Numbers of a step that stay on the device until they are read; `*_finite`: whether the features of a tower are."""
 
 
+@torch.no_grad()
+def numbers_of(
+    loss: Tensor, largest: Tensor, image_BD: Tensor, text_BD: Tensor, logit_scale: Tensor, *_: Tensor
+) -> Tensor:
+    """The first five of `COLUMNS`, of this rank's pairs: of what the loss gives, and of what it takes."""
+    finite = [features.isfinite().all().float() for features in (image_BD, text_BD)]
+    return torch.stack((loss, logit_scale.float(), largest, *finite))
+
+
 @dataclass
 class Pending:
     """A step whose numbers are still on the device."""
@@ -112,6 +121,8 @@ class Run:
     steps: int
     batch_size: int
     """Pairs in a step over all ranks."""
+    accumulation: int
+    """Micro-batches that this rank's part of them goes through the model in."""
     autocast: torch.dtype | None
     flops_per_image: float
     """Of one pair, forward and backward."""
@@ -137,6 +148,21 @@ class Run:
 
     def __post_init__(self) -> None:
         self.filtered = Filtered(self.state.step)
+
+    def forward(self, model: nn.Module, image_BCHW: Tensor, text_BL: Tensor) -> list[Tensor]:
+        """What the loss takes: features of images and texts, logit scale and, if the model has one, logit bias.
+
+        Args:
+            model: `self.model` or `self.state.model`.
+            image_BCHW: uint8, and
+            text_BL: tokens, on the CPU or the device.
+        """
+        device = self.env.device
+        image_BCHW = self.normalize(image_BCHW.to(device, non_blocking=True))
+        text_BL = text_BL.to(device, non_blocking=True)
+        with torch.autocast(device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+            out = model(image_BCHW, text_BL)
+        return [out[key] for key in ("image_features", "text_features", "logit_scale", "logit_bias") if key in out]
 
     def facts(self) -> dict[str, Any]:
         """What environment.json says of the run besides the machine."""

@@ -20,7 +20,8 @@ SHARE = 8
 
 
 class FeatureWatch:
-    """Mean |x| of the output of every residual block, over the first eighth of the batch, in the training forward.
+    """Mean |x| of the output of every residual block, over the first eighth of the batch, in the training forward; with
+    accumulation, over the first eighth of each micro-batch.
 
     Its growth over the blocks is what layer scale from zero and 8-bit training are about: section 2.3 of Wortsman et
     al., https://arxiv.org/abs/2304.13013.
@@ -30,6 +31,8 @@ class FeatureWatch:
         found = dict(blocks(model))
         self.names = list(found)
         self.active = False
+        self.micro_batch = 0
+        """Of the step, from 0 on, that is next: the means go on from those before it."""
         self._means = torch.full((len(found),), math.nan, device=device)
         for place, block in enumerate(found.values()):
             block.register_forward_hook(self._hook(place))
@@ -39,12 +42,15 @@ class FeatureWatch:
         def hook(block: nn.Module, inputs: Any, output: Tensor) -> None:
             if self.active and block.training:
                 some = output.detach()[: max(1, output.shape[0] // SHARE)]
-                self._means[place] = torch.linalg.vector_norm(some, 1, dtype=torch.float32) / some.numel()
+                mean = torch.linalg.vector_norm(some, 1, dtype=torch.float32) / some.numel()
+                if self.micro_batch:
+                    mean = self._means[place].lerp(mean, 1 / (self.micro_batch + 1))
+                self._means[place] = mean
 
         return hook
 
     def values(self) -> Tensor:
-        """[blocks] float32 of the last forward that was watched; a copy."""
+        """[blocks] float32 of the last step that was watched; a copy."""
         return self._means.clone()
 
 
@@ -78,7 +84,17 @@ class Watch:
 
     def before_forward(self, step: int) -> None:
         if self._features is not None:
-            self._features.active = self._always or self.due(step)
+            self._features.active, self._features.micro_batch = self._always or self.due(step), 0
+
+    def micro_batch(self, n: int) -> None:
+        """Micro-batch n of the step, from 0 on, is next."""
+        if self._features is not None:
+            self._features.micro_batch = n
+
+    def after_forward(self) -> None:
+        """All of the step has been through the model: what goes through it again does not count."""
+        if self._features is not None:
+            self._features.active = False
 
     @torch.no_grad()
     def before_update(self) -> None:

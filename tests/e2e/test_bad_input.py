@@ -75,6 +75,7 @@ MISTAKES = {
     "a bound where a scaler decides": (["guard.rise=2", "backend=fp16"], ["guard.rise=2", "backend.precision=fp16"]),
     "watching never": (["watch.every=0"], ["watch.every=0", "1 or more steps"]),
     "nothing to skip": (["backend.skip=auto"], ["backend.skip=auto", "nothing to skip"]),
+    "no parts of a batch": (["accumulation=0"], ["accumulation=0: expected 1 or more"]),
     "CUDA graph on a CPU": (["backend.cuda_graph=on", "device=cpu"], ["backend.cuda_graph=on needs a CUDA GPU"]),
     "buckets without DDP": (
         ["parallel=fsdp", "parallel.bucket_mb=50"],
@@ -224,6 +225,12 @@ def test_batch_not_divisible(world: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert "15" in message
     message = fails(train_command.main, [*arguments, "batch_size=15", "parallel=none"], monkeypatch, capsys)
     assert "parallel=none with 3 processes" in message
+    message = fails(train_command.main, [*arguments, "batch_size=15", "accumulation=4"], monkeypatch, capsys)
+    assert "batch_size=15 cannot be cut into accumulation=4 equal parts on each of 3 processes" in message
+    assert "the nearest that can: 12" in message
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    message = fails(train_command.main, [*arguments, "accumulation=3"], monkeypatch, capsys)
+    assert "batch_size=16 cannot be cut into accumulation=3 equal parts: the nearest that can: 15" in message
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,18 @@ import pytest
 import torch
 
 from clipq.build_backend import wants_graph
+from clipq.config.checks import ConfigError
 from clipq.config.choices import Switch
+from clipq.config.data import DataConfig
+from clipq.config.groups import (
+    BackendConfig,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    ScheduleConfig,
+)
+from clipq.config.schema import TrainJob, check
 from clipq.train.graph import WARMUP, Graphed
 
 KEPT = {"visual": "a ResNet has convolutional blocks"}
@@ -21,9 +32,12 @@ def decide(
     distributed: bool = False,
     checkpointing: bool = False,
     kept: Any = (),
+    accumulation: int = 1,
 ) -> bool:
     job = SimpleNamespace(
-        backend=SimpleNamespace(cuda_graph=switch), model=SimpleNamespace(grad_checkpointing=checkpointing)
+        backend=SimpleNamespace(cuda_graph=switch),
+        model=SimpleNamespace(grad_checkpointing=checkpointing),
+        accumulation=accumulation,
     )
     clip = SimpleNamespace(report=SimpleNamespace(kept=dict(kept)))
     env = SimpleNamespace(device=torch.device(device), is_distributed=distributed)
@@ -44,6 +58,30 @@ def test_auto_does_not_record_elsewhere(obstacle: dict[str, Any]) -> None:
 def test_on_and_off_are_obeyed() -> None:
     assert decide(Switch.on, kept=KEPT)
     assert not decide(Switch.off)
+
+
+def test_accumulation_is_not_recorded_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "clipq")
+    assert not decide(accumulation=4)
+    assert caplog.messages == ["accumulation=4: steps are not recorded as a CUDA graph"]
+    caplog.clear()
+    assert not decide(accumulation=4, device="cpu")
+    assert not caplog.messages, "without accumulation it would not be recorded either"
+
+    job = TrainJob(
+        name="x",
+        model=ModelConfig(name="ViT-B-32"),
+        data=DataConfig(shards="x.tar"),
+        backend=BackendConfig(cuda_graph=Switch.on),
+        optim=OptimConfig(),
+        schedule=ScheduleConfig(),
+        parallel=ParallelConfig(),
+        log=LogConfig(),
+    )
+    check(job, world_size=1, capability=(9, 0))
+    job.accumulation = 4
+    with pytest.raises(ConfigError, match=r"cuda_graph=on with accumulation=4: .*; choose one"):
+        check(job, world_size=1, capability=(9, 0))
 
 
 def test_first_calls_are_the_function_itself() -> None:
