@@ -33,7 +33,7 @@ import torch
 
 BATCH = 256
 WARMUP = 12288
-"""Samples before the first that count."""
+"""Samples of one core before the first that count."""
 QUALITY = 92
 PIECES = 16
 """Shards of which each enlarged one becomes."""
@@ -99,9 +99,9 @@ def measure(name: str, shards: list[str], size: int, seconds: float, core: int, 
     made = time.perf_counter()
     next(loader)
     first = time.perf_counter()
-    # Until what was made ready while the first was awaited is used up, and buffers of samples to shuffle are full:
-    # while these fill, two samples are read for one that is given out.
-    for _ in range(max(1 + 3 * workers, WARMUP // BATCH)):
+    # On one core, until buffers of samples to shuffle are full: while they fill, two are read for one that is given out.
+    # With loader processes, until what was made ready while the first batch was awaited is used up.
+    for _ in range(1 + 3 * workers if workers else WARMUP // BATCH):
         next(loader)
     begin, count = time.perf_counter(), 0
     while time.perf_counter() - begin < seconds:
@@ -194,13 +194,16 @@ def main() -> None:
         if args.enlarge:
             shards = enlarged(shards, args.enlarge, Path(folder))
         if args.workers:
-            kind, title = "loader_workers", "Loader"
-            results["workers"] = {str(n): compare(names, shards, args, n) for n in args.workers}
+            results["workers"] = {}
+            for workers in args.workers:
+                results["workers"][str(workers)] = compare(names, shards, args, workers)
+                if args.output:  # as far as it is: it takes minutes
+                    write(args.output, "loader_workers", "Loader", results)
+            return
         else:
-            kind, title = "loader", "Loader, one core"
             results |= compare([*names, "bare"], shards, args, 0)
     if args.output:
-        write(args.output, kind, title, results)
+        write(args.output, "loader", "Loader, one core", results)
 
 
 if __name__ == "__main__":

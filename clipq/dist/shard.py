@@ -69,10 +69,10 @@ class Sharded:
 
     def _begin(self) -> None:
         """Lets the model be the root before anything calls a unit by itself, as an evaluation may."""
-        setattr(self._model, "begin", types.MethodType(lambda _: None, self._model))  # noqa: B010
+        setattr(self._model, "begin", types.MethodType(lambda _, unused: unused, self._model))  # noqa: B010
         register_fsdp_forward_method(self._model, "begin")
         with torch.no_grad():
-            self._model.begin()  # pyright: ignore[reportCallIssue]
+            self._model.begin(0)  # pyright: ignore[reportCallIssue]  on a GPU, FSDP2 fails without an argument
         del self._model.begin
         for unit in self._units:
             unit.reshard()
