@@ -99,7 +99,7 @@ def measure(name: str, shards: list[str], size: int, seconds: float, core: int, 
     made = time.perf_counter()
     next(loader)
     first = time.perf_counter()
-    # On one core, until buffers of samples to shuffle are full: while they fill, two are read for one that is given out.
+    # On one core, until buffers of samples to shuffle are full: while they fill, two are read for each one drawn.
     # With loader processes, until what was made ready while the first batch was awaited is used up.
     for _ in range(1 + 3 * workers if workers else WARMUP // BATCH):
         next(loader)
@@ -200,8 +200,7 @@ def main() -> None:
                 if args.output:  # as far as it is: it takes minutes
                     write(args.output, "loader_workers", "Loader", results)
             return
-        else:
-            results |= compare([*names, "bare"], shards, args, 0)
+        results |= compare([*names, "bare"], shards, args, 0)
     if args.output:
         write(args.output, "loader", "Loader, one core", results)
 
