@@ -51,6 +51,15 @@ def test_a_recorded_step_is_the_same_step(arch: Path, shards: list[str], tmp_pat
     assert resumed == whole
 
 
+@pytest.mark.parametrize("backend", ["backend=fp32", "backend=switchback"])
+def test_accumulation_trains_the_same_model(backend: str, arch: Path, shards: list[str], tmp_path: Path) -> None:
+    whole = torch.tensor(losses(tmp_path, "whole", backend, "model.grad_checkpointing=true"))
+    parts = torch.tensor(losses(tmp_path, "parts", backend, "accumulation=4"))
+    assert (parts - whole).abs().max() < (1e-2 if backend == "backend=fp32" else 0.1)
+    log = (tmp_path / "runs" / "parts" / "logs" / "rank_0.log").read_text()
+    assert "accumulation=4: steps are not recorded as a CUDA graph" in log
+
+
 RECIPES_TRIED = ("switchback", "switchback_m", "switchback_r", "switchback_fp8", "llm_int8", "fp8_sim")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,8 @@ def write_arch(folder: Path, vision: dict[str, Any]) -> Path:
     return path
 
 
-def run_of(arch: Path, shards: list[str], *overrides: str) -> Run:
-    with distributed("cpu") as env:
+def run_of(arch: Path, shards: list[str], *overrides: str, device: str = "cpu") -> Run:
+    with distributed(device) as env:
         return runs.run_of(arch, shards, *overrides, env=env)
 
 
@@ -96,24 +97,27 @@ def test_gradients_are_those_of_the_whole_batch(loss: str, small: Path, shards: 
     assert (apart["visual.proj"] - whole["visual.proj"]).norm() > 0.1 * whole["visual.proj"].norm()
 
 
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_random_numbers_are_the_same_both_times(
-    small: Path, shards: list[str], monkeypatch: pytest.MonkeyPatch
+    device: str, checkpointing: str, small: Path, shards: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against a step that keeps the graphs of all micro-batches, with dropout of patches and within both towers."""
-    run = in_double(run_of(small, shards, "model.patch_dropout=0.5"))
+    settings = ("model.patch_dropout=0.5", f"model.grad_checkpointing={checkpointing}", "backend.compile=off")
+    run = in_double(run_of(small, shards, *settings, device=device))
     for _, block in blocks(run.state.model):
         block.register_forward_hook(lambda module, inputs, y: F.dropout(y, 0.3))
     image, text = batch_of()
     torch.manual_seed(3)
     parts = [run.forward(run.model, *part) for part in zip(image.chunk(4), text.chunk(4), strict=True)]
-    drawn = torch.rand(4)
+    drawn = torch.rand(4, device=device)
     run.loss(*(torch.cat([part[i] for part in parts]) for i in range(2)), parts[0][2])[0].backward()
     expected = {n: p.grad.clone() for n, p in run.state.model.named_parameters() if p.grad is not None}
 
     found, _ = gradients(run, 4, (image, text))
-    assert torch.equal(torch.rand(4), drawn), "the next step would draw what this one has drawn"
+    assert torch.equal(torch.rand(4, device=device), drawn), "the next step would draw what this one has drawn"
     assert_same(found, expected)
-    monkeypatch.setattr(accumulate, "_replayed", lambda states, device: torch.random.fork_rng([]))
+    monkeypatch.setattr(accumulate, "_replayed", lambda *_: nullcontext())
     other, _ = gradients(run, 4, (image, text))
     assert (other["visual.proj"] - found["visual.proj"]).norm() > 1e-3 * found["visual.proj"].norm()
 
