@@ -15,6 +15,7 @@ from clipq.config.checks import ConfigError
 from clipq.config.groups import ModelConfig
 from clipq.config.hydra import run
 from clipq.config.schema import EvalJob, check_backend
+from clipq.dist.slurm import adopt
 
 if TYPE_CHECKING:
     from clipq.dist.env import DistEnv
@@ -24,6 +25,7 @@ log = logging.getLogger("clipq.cli.eval")
 
 
 def main() -> None:
+    adopt()
     run(EvalJob, "eval", eval_job, synthetic=synthetic)
 
 

@@ -12,6 +12,7 @@ from clipq.config.checks import ConfigError
 from clipq.config.choices import Resume, Wandb
 from clipq.config.hydra import run
 from clipq.config.schema import TrainJob, check
+from clipq.dist.slurm import adopt
 from clipq.dist.stop import Stop, Stopped, caught
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ log = logging.getLogger("clipq.cli.train")  # __name__ is __main__ under `python
 
 
 def main() -> None:
+    adopt()
     # Read as torch is imported. Without it the compiler chooses tiles by timing them, and two runs of one command on a
     # GPU round differently.
     os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
