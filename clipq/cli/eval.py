@@ -26,7 +26,13 @@ log = logging.getLogger("clipq.cli.eval")
 
 def main() -> None:
     adopt()
-    run(EvalJob, "eval", eval_job, synthetic=synthetic)
+    run(EvalJob, "eval", eval_job, eval_launched, synthetic=synthetic)
+
+
+def eval_launched(job: EvalJob, resolved: str) -> None:
+    """Runs an evaluation of a grid, in a job of SLURM that a launcher of Hydra started."""
+    adopt()
+    eval_job(job, resolved)
 
 
 def eval_job(job: EvalJob, resolved: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 from collections.abc import MutableMapping
 
 
@@ -26,6 +27,17 @@ def adopt(environment: MutableMapping[str, str] = os.environ) -> None:
     environment.setdefault("MASTER_ADDR", first_host(environment["SLURM_STEP_NODELIST"]))
     # Jobs that share a node need ports of their own; from 32768 on, the kernel gives them away.
     environment.setdefault("MASTER_PORT", str(10000 + (job + 101 * step) % 20000))
+
+
+def requeue() -> bool:
+    """Lets the job of this process begin again, when it has ended. False where that is not possible."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return False
+    try:
+        return subprocess.run(["scontrol", "requeue", job], timeout=60).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
 
 
 def first_host(hosts: str) -> str:

@@ -68,7 +68,7 @@ class Cluster:
         self.world = world
         self.environment = os.environ | {
             "SLURM_CONF": str(configuration),
-            "PYTHONPATH": str(REPO),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")])),
             "CLIPQ_HOME": str(REPO),
             "CLIPQ_VENV": sys.prefix,
             "OMP_NUM_THREADS": "1",

@@ -6,14 +6,13 @@ fail() {
     echo "no SLURM here: $1" >&2
     exit 1
 }
-needed=(slurmctld slurmd munged sbatch)
+[ "$(id -u)" -eq 0 ] || fail "only root can install it, and start its daemons"
 missing=()
-for program in "${needed[@]}"; do
+for program in slurmctld slurmd munged sbatch; do
     PATH="$PATH:/usr/sbin:/sbin" command -v "$program" >/dev/null || missing+=("$program")
 done
 [ ${#missing[@]} -gt 0 ] || exit 0
 command -v apt-get >/dev/null || fail "${missing[*]} missing, and no apt-get to install them with"
-[ "$(id -u)" -eq 0 ] || fail "${missing[*]} missing, and only root can install them"
 # A machine that starts services as packages come would start these, which have no configuration.
 if [ ! -e /usr/sbin/policy-rc.d ]; then
     trap 'rm -f /usr/sbin/policy-rc.d' EXIT
