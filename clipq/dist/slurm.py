@@ -18,12 +18,13 @@ def adopt(environment: MutableMapping[str, str] = os.environ) -> None:
     if tasks == 1 or "RANK" in environment or "WORLD_SIZE" in environment:
         return
     job, step, node = (int(environment[f"SLURM_{name}"]) for name in ("JOB_ID", "STEP_ID", "NODEID"))
-    environment |= {
+    of_torchrun = {
         "RANK": environment["SLURM_PROCID"],
         "LOCAL_RANK": environment["SLURM_LOCALID"],
         "WORLD_SIZE": str(tasks),
         "LOCAL_WORLD_SIZE": str(tasks_of_nodes(environment["SLURM_STEP_TASKS_PER_NODE"])[node]),
     }
+    environment.update(of_torchrun)
     environment.setdefault("MASTER_ADDR", first_host(environment["SLURM_STEP_NODELIST"]))
     # Jobs that share a node need ports of their own; from 32768 on, the kernel gives them away.
     environment.setdefault("MASTER_PORT", str(10000 + (job + 101 * step) % 20000))

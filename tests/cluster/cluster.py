@@ -93,9 +93,9 @@ class Cluster:
         return dict(re.findall(r"(\w+)=(\S*)", shown))
 
     def shorten(self, job: str) -> None:
-        """Lets the time of a job be up in 40 to 100 seconds, so that a warning 60 before it comes within 40.
+        """Lets the time of a job be up in 40 to 100 seconds, so that a warning 100 before it comes at once.
 
-        SLURM looks every 30 seconds, and warns where it would else be late. Limits are whole minutes, and a job that
+        At once is within 30 seconds, since SLURM looks that often. Limits are whole minutes, and a job that
         had one minute from the start could get its warning before it trains.
         """
         hours, minutes, seconds = map(int, self.show(job)["RunTime"].split(":"))

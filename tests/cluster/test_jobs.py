@@ -62,7 +62,7 @@ def test_the_time_is_up(cluster: Cluster, whole: Path) -> None:
     """One job has its script told, as B: says, the other its ranks, as the scripts say; that one is of an array."""
     (cluster.world / "grid.txt").write_text("# two runs\n\nname=other steps=1\nname=second 'optim.lr=1e-3'\n")
     own = settings(cluster.world, "first")
-    to_script, to_ranks = ("--signal=B:USR1@60",), ("--array=2", "--signal=USR1@60")
+    to_script, to_ranks = ("--signal=B:USR1@100",), ("--array=2", "--signal=USR1@100")
     jobs = {
         "first": cluster.submit("train.sbatch", *own, options=to_script),
         "second": cluster.submit("sweep.sbatch", "grid.txt", *own, options=to_ranks),

@@ -16,7 +16,7 @@ from tests.helpers import read_metrics, steps_done
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="pip install 'clipq[slurm]'")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
-STEPS = 150
+STEPS = 100
 
 
 @contextmanager
