@@ -1,5 +1,6 @@
 # make demo       train, evaluate and report on the built-in data set (CPU is enough)
 # make test       the tests; make test-slow, the long ones; make test-gpu, those that need a CUDA GPU
+#                 tests/cluster/install_slurm.sh installs what those of SLURM need
 # make lint       style, formatting, types
 # Each sets up .venv by itself and reuses it while pyproject.toml stays the same.
 
@@ -19,7 +20,7 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest $(QUICK) $(PYTEST)
 
 test-slow: $(VENV)/.test
-	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST)
+	$(BIN)/python -m pytest -m "slow and not gpu" -rs $(PYTEST)
 
 test-gpu: $(VENV)/.test
 	$(BIN)/python -m pytest -m gpu $(PYTEST)

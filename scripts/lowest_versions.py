@@ -8,7 +8,7 @@ from pathlib import Path
 
 project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 for requirement in project["dependencies"] + project["optional-dependencies"]["test"]:
-    match = re.fullmatch(r"([\w.-]+)>=([\w.]+)", requirement)
+    match = re.fullmatch(r"([\w.-]+)(?:\[[\w,]+\])?>=([\w.]+)", requirement)
     if match is None:
         raise SystemExit(f"pyproject.toml: {requirement!r} has no lower bound that can be tested")
     print(f"{match[1]}=={match[2]}")

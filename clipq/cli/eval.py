@@ -15,6 +15,7 @@ from clipq.config.checks import ConfigError
 from clipq.config.groups import ModelConfig
 from clipq.config.hydra import run
 from clipq.config.schema import EvalJob, check_backend
+from clipq.dist.slurm import adopt
 
 if TYPE_CHECKING:
     from clipq.dist.env import DistEnv
@@ -24,7 +25,14 @@ log = logging.getLogger("clipq.cli.eval")
 
 
 def main() -> None:
-    run(EvalJob, "eval", eval_job, synthetic=synthetic)
+    adopt()
+    run(EvalJob, "eval", eval_job, eval_launched, synthetic=synthetic)
+
+
+def eval_launched(job: EvalJob, resolved: str) -> None:
+    """Runs an evaluation of a grid, in a job of SLURM that a launcher of Hydra started."""
+    adopt()
+    eval_job(job, resolved)
 
 
 def eval_job(job: EvalJob, resolved: str) -> None:

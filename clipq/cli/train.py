@@ -12,6 +12,7 @@ from clipq.config.checks import ConfigError
 from clipq.config.choices import Resume, Wandb
 from clipq.config.hydra import run
 from clipq.config.schema import TrainJob, check
+from clipq.dist.slurm import adopt, requeue
 from clipq.dist.stop import Stop, Stopped, caught
 
 if TYPE_CHECKING:
@@ -24,11 +25,14 @@ log = logging.getLogger("clipq.cli.train")  # __name__ is __main__ under `python
 
 
 def main() -> None:
+    adopt()
     # Read as torch is imported. Without it the compiler chooses tiles by timing them, and two runs of one command on a
     # GPU round differently.
     os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
+    # What submitit asks a job with, if a launcher uses it. Its own choice, USR2, would end a run with nothing saved.
+    os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "USR1")
     with caught() as stop:
-        run(TrainJob, "train", functools.partial(train_job, stop=stop), synthetic=synthetic)
+        run(TrainJob, "train", functools.partial(train_job, stop=stop), train_launched, synthetic=synthetic)
 
 
 def synthetic() -> str:
@@ -73,6 +77,18 @@ def train_job(job: TrainJob, yaml: str, *, stop: Stop) -> None:
         folder = Path(job.runs) / job.name
         with locked(folder, env):
             _train(job, folder, yaml, env, stop)
+
+
+def train_launched(job: TrainJob, yaml: str) -> None:
+    """Runs a job of a grid, in a job of SLURM that a launcher of Hydra started; asked to end, that is queued again."""
+    adopt()
+    try:
+        with caught() as stop:
+            train_job(job, yaml, stop=stop)
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0" and not requeue():
+            raise RuntimeError(f"{stopped}, but this is no job that can be queued again") from stopped
+        raise
 
 
 def _check_wandb(job: TrainJob, env: DistEnv) -> None:

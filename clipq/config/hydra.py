@@ -67,12 +67,46 @@ def to_job(cfg: DictConfig, kind: type[Job]) -> Job:
     return job
 
 
-def run(kind: type[Job], config_name: str, function: Callable[[Job, str], None], **resolvers: Callable) -> None:
+class RunFailedError(RuntimeError):
+    """A run of a grid has failed, in a job of its own."""
+
+
+_here = False
+"""Whether this process has the command line. False in a job that a launcher of Hydra started for a run of a grid."""
+
+
+def is_launched() -> bool:
+    # A function, since cloudpickle would take the value along to the job.
+    return not _here
+
+
+class _Resolvers:
+    """Registers functions for `${name:…}` in YAML, also in a job that this object travels to."""
+
+    def __init__(self, resolvers: dict[str, Callable[..., Any]]) -> None:
+        register(resolvers)
+        self.resolvers = resolvers
+
+    def __reduce__(self) -> tuple:
+        return _Resolvers, (self.resolvers,)
+
+
+def run(
+    kind: type[Job],
+    config_name: str,
+    function: Callable[[Job, str], None],
+    launched: Callable[[Job, str], None],
+    **resolvers: Callable,
+) -> None:
     """Entry point of a command: composes `config_name` with the command line and calls `function(job, yaml)`.
+
+    With `--multirun hydra/launcher=submitit_slurm` and the like, `launched(job, yaml)` is called in jobs elsewhere.
 
     A mistake in the configuration ends the process with exit code 2 and one message, printed by rank 0 only.
     """
-    register({f"clipq.{name}": f for name, f in resolvers.items()})
+    global _here
+    _here = True
+    registered = _Resolvers({f"clipq.{name}": f for name, f in resolvers.items()})
     sys.argv[1:] = [_add_entries(_quote_braces(a), kind) for a in sys.argv[1:]]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing its own half of the story
 
@@ -80,6 +114,10 @@ def run(kind: type[Job], config_name: str, function: Callable[[Job, str], None],
 
     @hydra.main(version_base="1.3", config_path=str(configs_dir()), config_name=config_name)
     def compose(cfg: DictConfig) -> None:
+        assert registered
+        if is_launched():
+            _run_launched(cfg, kind, launched)
+            return
         try:
             jobs.append((to_job(cfg, kind), OmegaConf.to_yaml(cfg, resolve=True)))
         except (OmegaConfBaseException, ConfigError) as error:
@@ -99,8 +137,30 @@ def run(kind: type[Job], config_name: str, function: Callable[[Job, str], None],
         _check_folders([job for job, _ in jobs])
         for job, yaml in jobs:
             function(job, yaml)
+    except RunFailedError as error:
+        print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from error
     except (HydraException, OmegaConfBaseException, ConfigError) as error:
         _fail(_explain(error, kind))
+
+
+def _run_launched(cfg: DictConfig, kind: type[Job], function: Callable[[Job, str], None]) -> None:
+    """What `run` does, in a job that a launcher started: there a failure has to be an exception, for the launcher
+    takes that to where the command was given. Only an end that the job comes back from is an exit."""
+    try:
+        function(to_job(cfg, kind), OmegaConf.to_yaml(cfg, resolve=True))
+    except (OmegaConfBaseException, ConfigError) as error:
+        message = _explain(error, kind)
+        print(message, file=sys.stderr, flush=True)
+        raise RunFailedError(message) from None
+    except SystemExit as end:
+        if end.code == QUEUED_AGAIN:
+            raise
+        raise RunFailedError(f"a run has failed with code {end.code}; the log of its job says why") from end
+
+
+QUEUED_AGAIN = 75
+"""What `launched` exits with where its job comes back: the code of a run that was asked to end (`clipq.dist.stop`)."""
 
 
 def _check_folders(jobs: list[Any]) -> None:
