@@ -21,7 +21,8 @@ FOLDER = ROOT / "docs" / "benchmarks"
 BEGIN, END = "<!-- results of {kind}: made by scripts/results.py -->", "<!-- end of results -->"
 PAGES = {
     "README.md": ("run", "step"),
-    "docs/data.md": ("loader", "loader_workers"),
+    "docs/data.md": ("loader",),
+    "docs/distributed.md": ("loss",),
     "docs/low_precision.md": ("step", "linear", "recipes", "gemm"),
     "docs/stability.md": ("spike", "optimizer", "watch"),
 }
@@ -228,28 +229,25 @@ def loader_table(results: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def loader_workers_table(results: list[dict[str, Any]]) -> str:
-    """Samples a second against the number of loader processes."""
+def loss_table(results: list[dict[str, Any]]) -> str:
+    """Milliseconds and memory of the loss by pairs and tiles."""
     rows = []
     for result in results:
         found = result["results"]
-        made = f", enlarged to a short side of {found['enlarge']} px" if found["enlarge"] else ""
-        rows += [
-            f"| {found['data']}{made} → {found['size']} px, {found['cores']} cores | clipq | OpenCLIP 3.3.0 | ratio |"
-        ]
-        rows += ["|---" * 4 + "|"]
-        for workers, column in found["workers"].items():
-            rates = column["samples_per_second"]
-            ratio = rates["clipq"] / rates["openclip"]
-            rows.append(
-                f"| {workers} processes | {rates['clipq']:,.0f}/s | {rates['openclip']:,.0f}/s | {ratio:.1f}× |"
-            )
+        titles = list(next(iter(found["pairs"].values()))["columns"])
+        rows += [f"| {result['environment']['device']} | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
+        for pairs, row in found["pairs"].items():
+            cells = [
+                "out of memory" if c is None else f"{c['ms']:,.1f} ms, {c['extra_mib']:,.0f} MiB"
+                for c in row["columns"].values()
+            ]
+            rows.append(f"| {int(pairs):,} pairs × {found['width']} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
 TABLES = {
     "loader": loader_table,
-    "loader_workers": loader_workers_table,
+    "loss": loss_table,
     "run": run_table,
     "step": step_table,
     "linear": linear_table,
