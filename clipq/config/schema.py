@@ -93,13 +93,6 @@ class TrainJob:
             f"guard.rise={self.guard.rise} with backend.precision=fp16, whose loss scaling decides on each update: use "
             "bf16, or guard.rise=null (losses that are not finite are seen with fp16 too)",
         )
-        require(
-            self.backend.precision is not Precision.fp16
-            or self.backend.loss_scale is not None
-            or self.parallel.strategy in (Strategy.ddp, Strategy.none),
-            f"backend.precision=fp16 with parallel={self.parallel.strategy.value}: torch's dynamic loss scale does not "
-            "take shards: set backend.loss_scale=65536, or choose backend=bf16",
-        )
         s = self.schedule
         require(
             s.warmup + s.cooldown <= self.steps,
@@ -171,6 +164,11 @@ def check(job: TrainJob, *, world_size: int, local_world_size: int, capability: 
     )
     if job.parallel.strategy in (Strategy.fsdp, Strategy.hsdp):
         job.parallel.copies(world_size, local_world_size)
+        require(
+            job.backend.precision is not Precision.fp16 or job.backend.loss_scale is not None,
+            f"backend.precision=fp16 with parallel={job.parallel.strategy.value}: torch's dynamic loss scale does not "
+            "take shards: set backend.loss_scale=65536, or choose backend=bf16",
+        )
     lanes = job.data.lanes
     require(
         lanes is None or lanes % world_size == 0,

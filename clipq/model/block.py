@@ -195,8 +195,8 @@ class Block(nn.Module):
 
     def get_weight_dtype(self) -> torch.dtype:
         """Read by OpenCLIP's towers to cast their embeddings."""
-        # of a norm: FSDP may hold a matrix in autocast's type
-        return self.ln_1.weight.dtype  # pyright: ignore[reportReturnType]
+        # of a gain or a bias: FSDP may hold matrices in autocast's type
+        return next((p.dtype for p in self.parameters() if p.ndim < 2), self.mlp.c_fc.weight.dtype)
 
     def forward(
         self,

@@ -33,7 +33,8 @@ def clip_gradients(params: Sequence[nn.Parameter], limit: float, norm: Tensor) -
     As `torch.nn.utils.clip_grads_with_norm_`, which does not take sharded gradients and others together.
     """
     grads = [local_grad(p) for p in params if p.grad is not None]
-    torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1.0))  # pyright: ignore[reportPrivateImportUsage]
+    if grads:  # a fixed loss scale may have put all of them aside
+        torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1.0))  # pyright: ignore[reportPrivateImportUsage]
 
 
 class Guard:

@@ -18,7 +18,7 @@ from clipq.model.surgery import blocks
 from tests.distributed.steps import run_in, take_steps, whole_batches
 from tests.helpers import colour_shards, run_distributed, tiny_arch
 
-BACKENDS = {"fp32": ["backend=fp32"], "switchback": ["backend=switchback", "backend.precision=fp32"]}
+BACKEND = ("backend=switchback", "backend.precision=fp32", "backend.compile=on")
 
 
 class Counting:
@@ -38,13 +38,12 @@ class Counting:
         return run
 
 
-def count(folder: Path, env: DistEnv, backend: str, *parallel: str) -> tuple[int, int]:
+def count(folder: Path, env: DistEnv, *parallel: str) -> tuple[int, int]:
     """Graphs of two steps, and runs of graphs in them."""
     torch._dynamo.reset()
     counting = Counting()
     with patch.object(torch, "compile", functools.partial(torch.compile, backend=counting)):
-        settings = (*BACKENDS[backend], *parallel, "backend.compile=on", "steps=2")
-        run = run_in(folder, env, f"{backend}-{'-'.join(parallel)}", *settings)
+        run = run_in(folder, env, "-".join(parallel), *BACKEND, *parallel, "steps=2")
     take_steps(run, whole_batches(2))
     assert len(blocks(run.state.model)) == 3
     del run
@@ -53,26 +52,22 @@ def count(folder: Path, env: DistEnv, backend: str, *parallel: str) -> tuple[int
     return counting.graphs, counting.runs
 
 
-def on_rank(folder: str, backend: str, expected: tuple[int, int], strategies: list[list[str]]) -> None:
+def on_rank(folder: str, expected: tuple[int, int], strategies: list[list[str]]) -> None:
     with distributed("cpu") as env:
         for parallel in strategies:
-            assert count(Path(folder), env, backend, *parallel) == expected, parallel
+            assert count(Path(folder), env, *parallel) == expected, parallel
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("world", "backend", "strategies"),
-    [
-        (2, "fp32", [["parallel=ddp"], ["parallel=fsdp"]]),
-        (2, "switchback", [["parallel=ddp"], ["parallel=fsdp"]]),
-        (4, "switchback", [["parallel=hsdp", "parallel.replicas=2"]]),
-    ],
+    ("world", "strategies"),
+    [(2, [["parallel=ddp"], ["parallel=fsdp"]]), (4, [["parallel=hsdp", "parallel.replicas=2"]])],
 )
-def test_no_graph_is_lost(world: int, backend: str, strategies: list[list[str]], tmp_path: Path) -> None:
+def test_no_graph_is_lost(world: int, strategies: list[list[str]], tmp_path: Path) -> None:
     colour_shards(tmp_path, [30, 30])
     tiny_arch(tmp_path)
     with distributed("cpu") as env:
-        graphs, runs = count(tmp_path, env, backend, "parallel=none")
+        graphs, runs = count(tmp_path, env, "parallel=none")
     assert graphs >= 2, "a tower each"
     assert runs == 2 * 3, "every block in every step"
-    run_distributed(on_rank, world, str(tmp_path), backend, (graphs, runs), strategies)
+    run_distributed(on_rank, world, str(tmp_path), (graphs, runs), strategies)
