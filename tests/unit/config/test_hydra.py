@@ -36,7 +36,7 @@ def test_job_as_the_program_sees_it(monkeypatch: pytest.MonkeyPatch) -> None:
     overrides = ["data.shards=/d/{00..03}.tar", "optim.beta2=0.95", "model=vit_l_14", "schedule=constant", "steps=7"]
     monkeypatch.setattr(sys, "argv", ["clipq-train", *overrides])
     seen = []
-    run(TrainJob, "train", lambda job, yaml: seen.append((job, yaml)))
+    run(TrainJob, "train", lambda job, yaml: seen.append((job, yaml)), pytest.fail)
     ((job, yaml),) = seen
     assert job.data.shards == "/d/{00..03}.tar"
     assert job.optim.beta2 == 0.95
@@ -50,7 +50,7 @@ def test_entries_are_added_without_plus_signs(monkeypatch: pytest.MonkeyPatch) -
     tasks = "eval.tasks={c: {kind: retrieval, shards: z.tar}}"
     monkeypatch.setattr(sys, "argv", ["clipq-train", "data=mix", sources, tasks])
     seen = []
-    run(TrainJob, "train", lambda job, yaml: seen.append(job))
+    run(TrainJob, "train", lambda job, yaml: seen.append(job), pytest.fail)
     (job,) = seen
     assert job.data.sources == {
         "a": SourceConfig(shards="d/{0..3}.tar", weight=3.0),
@@ -70,7 +70,7 @@ def test_filters_and_fields_on_the_command_line(monkeypatch: pytest.MonkeyPatch)
     ]
     monkeypatch.setattr(sys, "argv", ["clipq-train", *overrides])
     seen = []
-    run(TrainJob, "train", lambda job, yaml: seen.append(job))
+    run(TrainJob, "train", lambda job, yaml: seen.append(job), pytest.fail)
     data = seen[0].data
     assert data.filter == FilterConfig(200, 3.0, [5, None], {"similarity": [0.28, None], "p.q": [0, 1]})
     assert data.caption.field == {"txt": 0.25, "json.syn-1": 0.75}

@@ -78,10 +78,10 @@ def test_accumulation_is_not_recorded_and_says_so(caplog: pytest.LogCaptureFixtu
         parallel=ParallelConfig(),
         log=LogConfig(),
     )
-    check(job, world_size=1, capability=(9, 0))
+    check(job, world_size=1, local_world_size=1, capability=(9, 0))
     job.accumulation = 4
     with pytest.raises(ConfigError, match=r"cuda_graph=on with accumulation=4: .*; choose one"):
-        check(job, world_size=1, capability=(9, 0))
+        check(job, world_size=1, local_world_size=1, capability=(9, 0))
 
 
 def test_first_calls_are_the_function_itself() -> None:
