@@ -3,84 +3,25 @@
 from __future__ import annotations
 
 import itertools
-import json
 import multiprocessing
 import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from clipq.data.cache import HEAD, PART, Cache
-from clipq.data.loader import batches
 from clipq.data.remote import unsigned
 from clipq.data.shards import Damage, read_shard
-from clipq.data.source import Source
 from tests.helpers import colour_samples, write_shard
-from tests.remote_server import Handler, http_server, impatient, s3_server
-from tests.streams import TEXT, mixed, numbers, same, taken
+from tests.kept_shards import COUNT, WHOLE, asked, kept, keys, leftovers, new_run, size_of
+from tests.remote_server import Handler, http_server
 
-COUNT = 100
-WHOLE = [f"{n:06d}" for n in range(COUNT)]
 fork = multiprocessing.get_context("fork")
-
-
-@pytest.fixture(scope="module")
-def shard(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    return write_shard(tmp_path_factory.mktemp("remote") / "x.tar", colour_samples(COUNT)).read_bytes()
-
-
-@pytest.fixture(scope="module")
-def address(shard: bytes) -> Iterator[str]:
-    with http_server(shard) as address:
-        yield address
-
-
-@pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    impatient(monkeypatch)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "kept"
-
-
-def new_run(folder: Path, limit: float = 1e9) -> Cache:
-    """As another command would have it: what lies there is from before."""
-    time.sleep(0.01)
-    cache = Cache(str(folder), int(limit))
-    cache.check()
-    return cache
-
-
-def keys(url: str, cache: Cache, told: list[Damage] | None = None) -> list[str]:
-    return [s["__key__"] for s in read_shard(url, cache=cache, on_damage=(told if told is not None else []).append)]
-
-
-def kept(folder: Path) -> list[str]:
-    """Addresses of the files."""
-    urls = []
-    for path in folder.glob("?" * 64):
-        stat = path.stat()
-        urls.append(json.loads(path.read_bytes()[:HEAD].split(b"\n")[0])["url"])
-        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # to have looked is no use of it
-    return sorted(urls)
-
-
-def leftovers(folder: Path) -> list[Path]:
-    return list(folder.glob(f"*{PART}"))
-
-
-def asked() -> int:
-    """Requests since the last time."""
-    count = len(Handler.requests)
-    Handler.requests.clear()
-    return count
 
 
 @pytest.mark.parametrize("kind", ["good", "busy", "reset", "stall", "whole"])
@@ -198,16 +139,6 @@ def test_signatures_make_no_other_address(address: str, folder: Path) -> None:
 
 
 # --- the limit ----------------------------------------------------------------------------------------------------
-
-
-def size_of(folder: Path) -> int:
-    total = 0
-    for path in folder.iterdir():
-        try:
-            total += path.stat().st_size
-        except FileNotFoundError:
-            continue
-    return total
 
 
 def test_what_was_used_longest_ago_goes_first(address: str, shard: bytes, folder: Path) -> None:
@@ -374,66 +305,3 @@ def test_damage_is_not_kept(address: str, shard: bytes, folder: Path, caplog: py
         path.write_bytes(spoilt)
         assert keys(url, cache) == WHOLE
     assert caplog.text.count("is damaged: read anew") == 3
-
-
-def test_s3(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    url = "s3://kept/x.tar.gz"
-    with s3_server(monkeypatch):
-        import s3fs
-
-        files = s3fs.S3FileSystem()
-        files.mkdir("kept")
-        files.put(str(write_shard(tmp_path / "x.tar.gz", colour_samples(COUNT))), url)
-        assert keys(url, new_run(folder)) == WHOLE
-        assert kept(folder) == [url]
-        size = files.info(url)["size"]
-        again = write_shard(tmp_path / "y.tar.gz", colour_samples(COUNT - 1)).read_bytes()
-        files.pipe(url, again.ljust(size, b"\0"))
-        files.invalidate_cache()
-        cache = new_run(folder)
-        assert keys(url, cache) == WHOLE[:-1], "told apart by its ETag, for its size is the same"
-    assert keys(url, cache) == WHOLE[:-1], "the server is gone"
-
-
-def test_commands_are_not_kept(shard: bytes, tmp_path: Path, folder: Path) -> None:
-    (tmp_path / "x.tar").write_bytes(shard)
-    assert keys(f"pipe:cat {tmp_path}/x.tar", new_run(folder)) == WHOLE
-    assert kept(folder) == []
-
-
-# --- training -----------------------------------------------------------------------------------------------------
-
-
-def served(address: str, tmp_path: Path, counts: list[int], kind: str = "good") -> tuple[list[str], list[str]]:
-    """The same shards as addresses and as files."""
-    files, urls, first = [], [], 0
-    for number, count in enumerate(counts):
-        files.append(str(write_shard(tmp_path / "files" / f"{number}.tar", colour_samples(count, first))))
-        Handler.files[f"/{kind}/{number}.tar"] = Path(files[-1]).read_bytes()
-        urls.append(f"{address}/{kind}/{number}.tar")
-        first += count
-    return urls, files
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("room", [1.0, 0.5])
-def test_training_sees_the_same(workers: int, room: float, address: str, folder: Path, tmp_path: Path) -> None:
-    """In the same order, from the disk or from afar; resumed too."""
-    urls, files = served(address, tmp_path, [20, 11, 17, 5, 20, 14])
-    total = sum(len(data) + HEAD for data in Handler.files.values())
-    cache = new_run(folder, room * total)
-    whole = taken(mixed([Source(files, TEXT, "png")], lanes=3), 60)
-    s = mixed([Source(urls, TEXT, "png", cache=cache)], lanes=3)
-    given, first = batches(s, workers=workers, max_lost=1.0), len(whole) // 2
-    found = list(itertools.islice(given, first))  # two passes and some
-    requests = asked()
-    assert 6 <= requests < 12
-    found += itertools.islice(given, len(whole) - first)
-    given.close()
-    assert same(found, whole)
-    assert (asked() == 0) is (room == 1)
-    assert same(taken(s.starting_at(whole[first - 1]["place"]), first, workers), whole[first:])
-    assert (asked() == 0) is (room == 1)
-    assert leftovers(folder) == []
-    assert size_of(folder) <= room * total
-    assert set(numbers(whole)) == set(range(87))
