@@ -37,8 +37,8 @@ class Cluster:
     """GB/s of a GPU to other nodes, each way."""
     latency: float = 30.0
     """Microseconds of a collective within a node; each doubling of nodes adds as much."""
-    fp32: float = 50.4
-    """TFLOP/s of the loss's products, measured (docs/benchmarks/loss_h100.json)."""
+    fp32: float = 39.6
+    """TFLOP/s of the loss, measured at 65,536 pairs by its four products (docs/benchmarks/loss_h100.json)."""
 
     def bus(self, gpus: int) -> float:
         """Bytes a second at which a ring over all GPUs turns: all GPUs of a node send out side by side."""

@@ -135,6 +135,7 @@ def _train(job: TrainJob, folder: Path, yaml: str, env: DistEnv, stop: Stop) -> 
             env.barrier()  # a launcher that sees one rank end ends the others
             raise
         close(training)
+        env.barrier()  # for as long as rank 0's writers take, as above
         log.info("finished: %s", folder)
     except ConfigError:
         raise

@@ -130,8 +130,9 @@ def train_step(run: Run, batch: dict[str, Any], lr: float) -> Pending:
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     if run.graph is None or not run.graph.recorded:  # a recorded backward overwrites the gradients
-        # micro-batches add to them: in the memory that they have, or DDP would hold the sums beside its own buckets
-        state.optimizer.zero_grad(set_to_none=run.accumulation == 1)
+        # Micro-batches add to them: in the memory that they have, or DDP would hold the sums beside its own buckets.
+        # FSDP has no such buckets, and torch does not zero shards and whole tensors in one call.
+        state.optimizer.zero_grad(set_to_none=run.accumulation == 1 or run.sharded is not None)
     run.watch.before_forward(step)
     compute = functools.partial(forward_backward, run) if run.graph is None else run.graph
     numbers = compute(batch["image"], batch["text"]).clone()  # a recorded step writes the next ones to the same place
