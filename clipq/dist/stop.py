@@ -141,6 +141,7 @@ def caught() -> Iterator[Stop]:
         log.log(logging.WARNING if first else logging.INFO, "%s", stopped)
         if stopped.by is signal.SIGINT:
             sys.excepthook = lambda *_: None
+            before[signal.SIGINT] = signal.SIG_DFL  # one that comes late ends it the same way, and prints no traceback
             raise KeyboardInterrupt from None  # the interpreter then ends by SIGINT
         raise
     finally:
