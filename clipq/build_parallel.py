@@ -9,8 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clipq.build_backend import AUTOCAST
 from clipq.config.checks import ConfigError
-from clipq.config.choices import Recipe, Strategy
-from clipq.config.groups import BackendConfig, ParallelConfig
+from clipq.config.choices import Recipe
+from clipq.config.groups import SHARDING, BackendConfig, ParallelConfig
 from clipq.dist.env import DistEnv
 from clipq.dist.shard import Sharded, make_mesh
 from clipq.model.clip import ClipModel
@@ -31,7 +31,7 @@ def parallelize(
     """
     if not env.is_distributed:
         return clip.model, None
-    if config.strategy in (Strategy.fsdp, Strategy.hsdp):
+    if config.strategy in SHARDING:
         return clip.model, _shard(clip, config, backend, env)
     wrapped = DistributedDataParallel(
         clip.model,

@@ -10,6 +10,7 @@ The step of one GPU is measured (docs/benchmarks/step_*.json); the rest follows 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -37,8 +38,6 @@ class Cluster:
     """GB/s of a GPU to other nodes, each way."""
     latency: float = 30.0
     """Microseconds of a collective within a node; each doubling of nodes adds as much."""
-    fp32: float = 39.6
-    """TFLOP/s of the loss, measured at 65,536 pairs by its four products (docs/benchmarks/loss_h100.json)."""
 
     def bus(self, gpus: int) -> float:
         """Bytes a second at which a ring over all GPUs turns: all GPUs of a node send out side by side."""
@@ -120,8 +119,17 @@ def predict(
     """
     sent = 2 * (gpus - 1) * pairs * model.features * 4
     products = 4 * 2 * pairs * pairs * (gpus - 1) * model.features
-    bare = sent / cluster.bus(gpus) + 3 * cluster.wait(gpus) + products / (1e12 * cluster.fp32)
+    bare = sent / cluster.bus(gpus) + 3 * cluster.wait(gpus) + products / loss_speed()
     return Step(alone, weights_and_gradients(model, strategy, gpus, cluster, weight_bytes)[1], bare)
+
+
+@functools.cache
+def loss_speed() -> float:
+    """Operations a second of the loss as measured at most pairs, by its four products alone."""
+    results = json.loads((ROOT / "docs" / "benchmarks" / "loss_h100.json").read_text())["results"]
+    pairs = max(map(int, results["pairs"]))
+    milliseconds = results["pairs"][str(pairs)]["columns"]["tiles of 2^24"]["ms"]
+    return 4 * 2 * pairs**2 * results["width"] / (milliseconds / 1e3)
 
 
 def measured(name: str, column: str) -> tuple[float, int]:

@@ -168,6 +168,9 @@ class ScheduleConfig:
         )
 
 
+SHARDING = (Strategy.fsdp, Strategy.hsdp)
+
+
 @dataclass
 class ParallelConfig:
     strategy: Strategy = Strategy.ddp
@@ -190,10 +193,9 @@ class ParallelConfig:
             self.replicas is None or self.replicas >= 2,
             f"parallel.replicas={self.replicas}: expected 2 or more; with one copy choose parallel=fsdp",
         )
-        sharded = (Strategy.fsdp, Strategy.hsdp)
         for name, default, have in (
             ("bucket_mb", 25, (Strategy.ddp,)),
-            ("reshard_after_forward", True, sharded),
+            ("reshard_after_forward", True, SHARDING),
             ("replicas", None, (Strategy.hsdp,)),
         ):
             value = getattr(self, name)

@@ -114,7 +114,7 @@ def run(
 
     @hydra.main(version_base="1.3", config_path=str(configs_dir()), config_name=config_name)
     def compose(cfg: DictConfig) -> None:
-        assert registered
+        assert registered  # named here, it travels along with this function to a job that is launched
         if is_launched():
             _run_launched(cfg, kind, launched)
             return

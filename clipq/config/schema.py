@@ -15,6 +15,7 @@ from clipq.config.checks import require
 from clipq.config.choices import Device, Loss, Precision, Recipe, Resume, Strategy, Switch
 from clipq.config.data import DataConfig
 from clipq.config.groups import (
+    SHARDING,
     BackendConfig,
     CheckpointConfig,
     EvalConfig,
@@ -162,7 +163,7 @@ def check(job: TrainJob, *, world_size: int, local_world_size: int, capability: 
         job.parallel.strategy is not Strategy.none or world_size == 1,
         f"parallel=none with {world_size} processes: choose parallel=ddp, or start one process",
     )
-    if job.parallel.strategy in (Strategy.fsdp, Strategy.hsdp):
+    if job.parallel.strategy in SHARDING:
         job.parallel.copies(world_size, local_world_size)
         require(
             job.backend.precision is not Precision.fp16 or job.backend.loss_scale is not None,

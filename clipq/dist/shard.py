@@ -10,10 +10,11 @@ from __future__ import annotations
 import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
@@ -25,6 +26,11 @@ def make_mesh(env: DistEnv, replicas: int) -> DeviceMesh:
     shape = (replicas, env.world_size // replicas) if replicas > 1 else (env.world_size,)
     names = ("replicate", "shard")[-len(shape) :]
     return init_device_mesh(env.device.type, shape, mesh_dim_names=names)
+
+
+def _without_leaves(model: nn.Module, inputs: Any, output: dict[str, Tensor]) -> dict[str, Tensor]:
+    """FSDP2 registers a hook on every output in every forward: on a parameter, as the logit bias is, they would stay."""
+    return {name: t.clone() if t.is_leaf and t.requires_grad else t for name, t in output.items()}
 
 
 class Sharded:
@@ -51,6 +57,7 @@ class Sharded:
     ) -> None:
         self._model, self._reshard = model, reshard_after_forward
         self._small = [p for p in model.parameters() if p.ndim < 2]
+        model.register_forward_hook(_without_leaves)  # before FSDP2's own
         for module in (*units, model):
             root = module is model
             fully_shard(
@@ -65,6 +72,10 @@ class Sharded:
                 ignored_params=set(self._small),
             )
         self._units = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        # By itself a backward gathers ahead in the order of all forwards since the last one, an evaluation's too, whose
+        # last may differ between ranks.
+        for sooner, later in zip((model, *units), (*units, model), strict=True):
+            later.set_modules_to_backward_prefetch([sooner])  # pyright: ignore[reportCallIssue]
         self._begin()
 
     def _begin(self) -> None:

@@ -31,6 +31,14 @@ def features(run: Run, rank: int) -> dict[str, torch.Tensor]:
         }
 
 
+def evaluate_with_all_images_on_one(run: Run) -> None:
+    """As of a small set on many ranks: what the others used last is another tower, when the next step begins."""
+    with run.encoder.evaluating():
+        run.encoder.texts(["a text"])
+        if run.env.is_main:
+            run.encoder.images(run.normalize(whole_batches(1)[0]["image"]))
+
+
 def errors(run: Run) -> dict[str, float]:
     batch = whole_batches(1)[0]
     return quantization_errors(run.state.model, run.normalize(batch["image"]), batch["text"])
@@ -70,6 +78,7 @@ def try_all(folder: Path, env: DistEnv, name: str, parallel: tuple[str, ...], op
         for tower, value in found.items():
             torch.testing.assert_close(value, expected[which][tower][: len(value)], rtol=1e-5, atol=1e-5)
     assert errors(run) == pytest.approx(expected["errors"], rel=1e-3)
+    evaluate_with_all_images_on_one(run)
     assert_no_update_where_bad(run)
     assert_all_hear_of_bad_weights(run, "visual.transformer.resblocks.0.mlp.c_fc.weight")
     del run
@@ -77,10 +86,18 @@ def try_all(folder: Path, env: DistEnv, name: str, parallel: tuple[str, ...], op
     env.barrier()
 
 
+def assert_forwards_leave_no_hooks(folder: Path, env: DistEnv) -> None:
+    run = run_in(folder, env, "bias", "loss=siglip", "parallel=fsdp", "steps=4")
+    take_steps(run, whole_batches(2))
+    hooks = run.state.model.get_parameter("logit_bias")._backward_hooks
+    assert not hooks, "a step would take longer than the one before"
+
+
 def on_rank(folder: str) -> None:
     with distributed("cpu") as env:
         for number, (parallel, optimizer) in enumerate(zip(SHARDED, ("adamw", "stable_adamw"), strict=True)):
             try_all(Path(folder), env, str(number), parallel, optimizer)
+        assert_forwards_leave_no_hooks(Path(folder), env)
 
 
 def test_two_processes_in_shards_do_as_one(tmp_path: Path) -> None:
