@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from clipq.config.checks import ConfigError
-from clipq.config.choices import Fp8, Precision, Recipe, Switch
+from clipq.config.choices import Strategy, Fp8, Precision, Recipe, Switch
 from clipq.config.groups import BackendConfig
 from clipq.config.schema import TrainJob
 from clipq.dist.env import DistEnv
@@ -137,7 +137,7 @@ def wants_graph(job: TrainJob, clip: ClipModel, env: DistEnv) -> bool:
         return job.backend.cuda_graph is Switch.on
     possible = (
         env.device.type == "cuda"
-        and not env.is_distributed
+        and (not env.is_distributed or job.parallel.strategy is Strategy.ddp)
         and not job.model.grad_checkpointing
         and not clip.report.kept
     )
