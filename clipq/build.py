@@ -46,7 +46,7 @@ from clipq.optim.groups import decay_groups
 from clipq.optim.loss_scale import FixedLossScaler
 from clipq.optim.stable_adamw import StableAdamW
 from clipq.train.checkpoint import Checkpoints, load, newest
-from clipq.train.graph import Graphed
+from clipq.train.graph import WARMUP, WARMUP_DDP, Graphed
 from clipq.train.loop import forward_backward
 from clipq.train.run import Normalize, Run
 from clipq.train.schedule import Schedule
@@ -229,14 +229,15 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
     flops = flops_per_pair(clip.model, clip.preprocess.size, clip.context_length)
     clip.model.to(env.device)
     convert(clip, job.backend, pairs=job.batch_size // (env.world_size * job.accumulation), training=True)
-    model, sharded = parallelize(clip, job.parallel, job.backend, env)
+    recorded = wants_graph(job, clip, env)
+    stream = torch.cuda.Stream(env.device) if recorded and env.is_distributed else None
+    model, sharded = parallelize(clip, job.parallel, job.backend, env, stream)
     compile_blocks(clip.model, job.backend, env)
     optimizer = build_optimizer(clip.model, job.optim)
     spikes = SpikeDetector(Rules(ignore=job.watch.ignore))
     state = TrainState(clip.model, optimizer, build_scaler(clip.model, job.backend, env), spikes=spikes)
     torch.manual_seed(job.seed + env.rank)  # dropout differs between ranks, initial weights do not
 
-    recorded = wants_graph(job, clip, env)
     watch = build_watch(clip.model, optimizer, job.watch, env, recorded=recorded)
     checkpoints = Checkpoints(
         folder / "checkpoints",
@@ -253,7 +254,7 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
     with reported_as_config_error():
         lanes = resume(checkpoints, state, env, order, job.data.lanes)
     lanes = lanes or usual_lanes(max(map(len, shards.values())), env.world_size)
-    stream = build_stream(job.data, sources, lanes, clip, env, batch_size=job.batch_size, seed=job.seed)
+    samples = build_stream(job.data, sources, lanes, clip, env, batch_size=job.batch_size, seed=job.seed)
     workers = loader_processes(job.data, lanes, env)
     run = Run(
         env=env,
@@ -261,7 +262,7 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
         model=model,
         normalize=Normalize(clip.preprocess.mean, clip.preprocess.std, env.device),
         schedule=build_schedule(job),
-        loader=functools.partial(train_batches, stream, workers, job.data, env),
+        loader=functools.partial(train_batches, samples, workers, job.data, env),
         loader_info=order | {"lanes": lanes, "world_size": env.world_size},
         encoder=build_encoder(clip, job.backend, job.eval, env, console, stop, sharded),
         sharded=sharded,
@@ -289,7 +290,11 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
     run.guard.learn(state.learned)
     if recorded:
         run.graph = Graphed(
-            functools.partial(forward_backward, run), before_recording=optimizer.zero_grad, device=env.device
+            functools.partial(forward_backward, run),
+            before_recording=optimizer.zero_grad,
+            device=env.device,
+            stream=stream,
+            warmup=WARMUP_DDP if env.is_distributed else WARMUP,
         )
     return run
 

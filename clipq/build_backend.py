@@ -11,7 +11,7 @@ from torch import nn
 
 from clipq.config.checks import ConfigError
 from clipq.config.choices import Fp8, Precision, Recipe, Switch
-from clipq.config.groups import BackendConfig
+from clipq.config.groups import SHARDING, BackendConfig
 from clipq.config.schema import TrainJob
 from clipq.dist.env import DistEnv
 from clipq.lowp import convert_linears, get_recipe
@@ -135,13 +135,14 @@ def wants_graph(job: TrainJob, clip: ClipModel, env: DistEnv) -> bool:
     """Whether the step is recorded as a CUDA graph: `auto` is where every block is known to run without the host."""
     if job.backend.cuda_graph is not Switch.auto:
         return job.backend.cuda_graph is Switch.on
-    possible = (
-        env.device.type == "cuda"
-        and not env.is_distributed
-        and not job.model.grad_checkpointing
-        and not clip.report.kept
-    )
+    possible = env.device.type == "cuda" and not job.model.grad_checkpointing and not clip.report.kept
     if possible and job.accumulation > 1:
         log.info("accumulation=%d: steps are not recorded as a CUDA graph", job.accumulation)
+        return False
+    if possible and env.is_distributed and job.parallel.strategy in SHARDING:
+        log.info(
+            "parallel=%s: steps are recorded as a CUDA graph, twice as fast for ViT-L, by backend.cuda_graph=on only",
+            job.parallel.strategy.value,
+        )
         return False
     return possible

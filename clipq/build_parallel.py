@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,11 +21,18 @@ log = logging.getLogger(__name__)
 
 
 def parallelize(
-    clip: ClipModel, config: ParallelConfig, backend: BackendConfig, env: DistEnv
+    clip: ClipModel,
+    config: ParallelConfig,
+    backend: BackendConfig,
+    env: DistEnv,
+    stream: torch.cuda.Stream | None = None,
 ) -> tuple[nn.Module, Sharded | None]:
     """What is called in place of the model, and what FSDP leaves to be done where it has sharded the model.
 
     A single process has the model as it is, whatever the strategy.
+
+    Args:
+        stream: on which the step is to run, where it is to be recorded.
 
     Raises:
         ConfigError: FSDP finds none of clipq's blocks, or the processes do not fit the copies of the model.
@@ -33,12 +41,13 @@ def parallelize(
         return clip.model, None
     if config.strategy in SHARDING:
         return clip.model, _shard(clip, config, backend, env)
-    wrapped = DistributedDataParallel(
-        clip.model,
-        device_ids=[env.device.index] if env.device.type == "cuda" else None,
-        bucket_cap_mb=config.bucket_mb,
-        gradient_as_bucket_view=True,
-    )
+    with torch.cuda.stream(stream):  # does nothing for None
+        wrapped = DistributedDataParallel(
+            clip.model,
+            device_ids=[env.device.index] if env.device.type == "cuda" else None,
+            bucket_cap_mb=config.bucket_mb,
+            gradient_as_bucket_view=True,
+        )
     return wrapped, None
 
 

@@ -178,9 +178,8 @@ def check(job: TrainJob, *, world_size: int, local_world_size: int, capability: 
     )
     check_backend(job.backend, device=job.device, capability=capability)
     require(
-        job.backend.cuda_graph is not Switch.on
-        or (capability is not None and job.device is not Device.cpu and world_size == 1),
-        "backend.cuda_graph=on needs a CUDA GPU and a single process: choose backend.cuda_graph=auto",
+        job.backend.cuda_graph is not Switch.on or (capability is not None and job.device is not Device.cpu),
+        "backend.cuda_graph=on needs a CUDA GPU: choose backend.cuda_graph=auto",
     )
     require(
         job.backend.cuda_graph is not Switch.on or not job.model.grad_checkpointing,

@@ -11,8 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-WARMUP = 2
-"""Calls before the recording: they compile, set up libraries and make the optimizer's state."""
+WARMUP, WARMUP_DDP = 2, 11
+"""Calls before the recording: they compile, set up libraries and make the optimizer's state. DDP makes its buckets anew
+in the second, and times the first ten, which cannot be recorded."""
 
 
 class Graphed:
@@ -26,12 +27,22 @@ class Graphed:
         before_recording: drops what earlier calls left, so that the recording makes it in the graph's own memory, and
             nothing keeps that memory when the recording is given up.
         device: the CUDA device.
+        stream: on which all of it happens. DDP's hooks run on the stream on which DDP was made, and what waits for
+            a stream outside of the recording cannot be recorded.
+        warmup: calls before the recording.
     """
 
     def __init__(
-        self, function: Callable[..., Tensor], *, before_recording: Callable[[], None], device: torch.device
+        self,
+        function: Callable[..., Tensor],
+        *,
+        before_recording: Callable[[], None],
+        device: torch.device,
+        stream: torch.cuda.Stream | None = None,
+        warmup: int = WARMUP,
     ) -> None:
         self._function, self._before, self._device = function, before_recording, device
+        self._stream, self._warmup = stream, warmup
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: list[Tensor] = []
@@ -52,9 +63,9 @@ class Graphed:
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """The function's result; after the recording always the same tensor, overwritten by the next call."""
-        if self._calls < WARMUP:
+        if self._calls < self._warmup:
             self._calls += 1
-            return self._function(*inputs)
+            return self._on_stream(inputs)
         if self._graph is None:
             self._graph = self._record(inputs)
         for static, new in zip(self._inputs, inputs, strict=True):
@@ -64,6 +75,16 @@ class Graphed:
         self._graph.replay()
         return self._output
 
+    def _on_stream(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        if self._stream is None:
+            return self._function(*inputs)
+        here = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(here)
+        with torch.cuda.stream(self._stream):
+            output = self._function(*inputs)
+        here.wait_stream(self._stream)
+        return output
+
     def _record(self, inputs: tuple[Tensor, ...]) -> torch.cuda.CUDAGraph:
         self._before()
         torch.cuda.synchronize(self._device)
@@ -71,6 +92,6 @@ class Graphed:
         self._inputs = [torch.empty_like(x, device=self._device) for x in inputs]
         graph = torch.cuda.CUDAGraph()
         # only this thread's calls are checked: other threads may use CUDA at the same time
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             self._output = self._function(*self._inputs)
         return graph

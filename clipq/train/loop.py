@@ -58,6 +58,9 @@ def train(run: Run) -> None:
     except Stopped as stopped:
         stopped.where = end(run, meter)
         raise
+    finally:
+        if run.graph is not None:
+            run.graph.forget()  # NCCL would wait for it at the end of the process group, for ever
 
 
 def train_on(run: Run, meter: Meter) -> None:

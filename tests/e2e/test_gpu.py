@@ -7,18 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import command, read_metrics
+from tests.helpers import command, command_on_two_ranks, read_metrics
 
 pytestmark = pytest.mark.gpu
 
 
-def losses(world: Path, name: str, *overrides: str) -> list[float]:
-    command(
-        "train",
+def losses(world: Path, name: str, *overrides: str, ranks: int = 1) -> list[float]:
+    settings = (
         *("model.name=tiny.json", "data.shards=data/*.tar", "batch_size=16", "steps=20", "schedule.warmup=3"),
         *(f"name={name}", "data.workers=2", "data.shuffle=64", "optim.lr=1e-3", "log.every=5", *overrides),
-        cwd=world,
     )
+    if ranks == 1:
+        command("train", *settings, cwd=world)
+    else:
+        done = command_on_two_ranks("train", *settings, cwd=world)
+        assert done.returncode == 0, done.stderr
     return [row["loss"] for row in read_metrics(world / "runs" / name)]
 
 
@@ -49,6 +52,18 @@ def test_a_recorded_step_is_the_same_step(arch: Path, shards: list[str], tmp_pat
     resumed = losses(tmp_path, "halves", "backend.cuda_graph=on", "optim.clip_norm=1.0", "schedule.decay=constant")
     whole = losses(tmp_path, "one", "backend.cuda_graph=on", "optim.clip_norm=1.0", "schedule.decay=constant")
     assert resumed == whole
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_step_of_two_gpus_is_recorded(strategy: str, arch: Path, shards: list[str], tmp_path: Path) -> None:
+    # seventeen steps are recorded, in two recordings: the evaluation between takes the first one's memory
+    common = (f"parallel={strategy}", "backend=switchback", "steps=28", "eval=retrieval", "eval.every=20")
+    common = (*common, "eval.tasks.retrieval.shards=data/*.tar")
+    launched = torch.tensor(losses(tmp_path, "launched", *common, "backend.cuda_graph=off", ranks=2))
+    recorded = torch.tensor(losses(tmp_path, "recorded", *common, "backend.cuda_graph=on", ranks=2))
+    assert launched[-1] < launched[0] - 0.1
+    assert torch.equal(recorded, launched)
 
 
 @pytest.mark.parametrize("backend", ["backend=fp32", "backend=switchback"])

@@ -10,7 +10,7 @@ import torch
 
 from clipq.build_backend import wants_graph
 from clipq.config.checks import ConfigError
-from clipq.config.choices import Switch
+from clipq.config.choices import Strategy, Switch
 from clipq.config.data import DataConfig
 from clipq.config.groups import (
     BackendConfig,
@@ -29,15 +29,17 @@ KEPT = {"visual": "a ResNet has convolutional blocks"}
 def decide(
     switch: Switch = Switch.auto,
     device: str = "cuda",
-    distributed: bool = False,
     checkpointing: bool = False,
     kept: Any = (),
     accumulation: int = 1,
+    strategy: Strategy = Strategy.ddp,
+    distributed: bool = False,
 ) -> bool:
     job = SimpleNamespace(
         backend=SimpleNamespace(cuda_graph=switch),
         model=SimpleNamespace(grad_checkpointing=checkpointing),
         accumulation=accumulation,
+        parallel=SimpleNamespace(strategy=strategy),
     )
     clip = SimpleNamespace(report=SimpleNamespace(kept=dict(kept)))
     env = SimpleNamespace(device=torch.device(device), is_distributed=distributed)
@@ -46,11 +48,20 @@ def decide(
 
 def test_auto_records_where_nothing_needs_the_host() -> None:
     assert decide()
+    assert decide(distributed=True)
 
 
-@pytest.mark.parametrize(
-    "obstacle", [{"device": "cpu"}, {"distributed": True}, {"checkpointing": True}, {"kept": KEPT}]
-)
+@pytest.mark.parametrize("strategy", [Strategy.fsdp, Strategy.hsdp])
+def test_shards_are_recorded_when_asked_for(strategy: Strategy, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "clipq")
+    assert decide(strategy=strategy), "one process has no shards"
+    assert not caplog.messages
+    assert not decide(strategy=strategy, distributed=True)
+    assert "by backend.cuda_graph=on only" in caplog.text
+    assert decide(Switch.on, strategy=strategy, distributed=True)
+
+
+@pytest.mark.parametrize("obstacle", [{"device": "cpu"}, {"checkpointing": True}, {"kept": KEPT}])
 def test_auto_does_not_record_elsewhere(obstacle: dict[str, Any]) -> None:
     assert not decide(**obstacle)
 
