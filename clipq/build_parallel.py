@@ -14,6 +14,7 @@ from clipq.config.choices import Recipe
 from clipq.config.groups import SHARDING, BackendConfig, ParallelConfig
 from clipq.dist.env import DistEnv
 from clipq.dist.shard import Sharded, make_mesh
+from clipq.lowp.linear import LowpLinear
 from clipq.model.clip import ClipModel
 from clipq.model.surgery import blocks
 
@@ -66,12 +67,25 @@ def _shard(clip: ClipModel, config: ParallelConfig, backend: BackendConfig, env:
         )
     replicas = config.copies(env.world_size, env.local_world_size)
     copies = "1 copy of the model, in" if replicas == 1 else f"{replicas} copies of the model, each in"
-    log.info("%s: %s %d shards", config.strategy.value, copies, env.world_size // replicas)
-    return Sharded(
+    sharded = Sharded(
         clip.model,
         units,
         make_mesh(env, replicas),
         # a low-precision layer quantizes the fp32 weight: one rounded to 16 bits before would be further off
         param_dtype=AUTOCAST[backend.precision] if backend.recipe is Recipe.bf16 else None,
         reshard_after_forward=config.reshard_after_forward,
+        quantized={
+            f"{name}.weight": layer.recipe.weight_dtype
+            for name, layer in clip.model.named_modules()
+            if isinstance(layer, LowpLinear) and layer.recipe.weight_dtype is not None
+        },
     )
+    log.info(
+        "%s: %s %d shards; all weights travel as %.1f MiB, %.1f in fp32",
+        config.strategy.value,
+        copies,
+        env.world_size // replicas,
+        sharded.bytes_of_weights() / 2**20,
+        4 / 2**20 * sum(p.numel() for p in clip.model.parameters() if p.ndim >= 2),
+    )
+    return sharded

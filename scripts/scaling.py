@@ -139,26 +139,26 @@ def measured(name: str, column: str) -> tuple[float, int]:
     return (found["graph_step_ms"] or found["step_ms"]) / 1e3, results["settings"]["batch"]
 
 
-def weight_bytes(column: str, eight_bits: bool) -> float:
-    """Bytes of a weight on its way: fp32 in low precision, 16 bits in bf16; 1 where it is quantized before."""
-    return 1.0 if eight_bits else 2.0 if column == "bf16" else 4.0
+def weight_bytes(column: str, fp32: bool) -> float:
+    """Bytes of a weight on its way: 16 bits in bf16, 8 in low precision, or fp32 where it has a scale for each row."""
+    return 4.0 if fp32 else 2.0 if column == "bf16" else 1.0
 
 
-def row(name: str, column: str, strategy: str, gpus: Sequence[int], cluster: Cluster, eight_bits: bool) -> str:
+def row(name: str, column: str, strategy: str, gpus: Sequence[int], cluster: Cluster, fp32: bool) -> str:
     model, (alone, pairs) = model_of(name), measured(name, column)
-    size = weight_bytes(column, eight_bits)
+    size = weight_bytes(column, fp32)
     cells = []
     for n in gpus:
         step = predict(model, strategy, n, pairs, alone, cluster, size)
         cells.append(f"{100 * step.worst:.0f}–{100 * step.best:.0f} %")
     sent = weights_and_gradients(model, strategy, gpus[-1], cluster, size)[0]
-    kind = f"{strategy}, 8-bit gathers" if eight_bits else strategy
+    kind = f"{strategy}, fp32 gathers" if fp32 else strategy
     return f"| {name} | {column} | {kind} | {1e3 * alone:.0f} ms | {sent / 1e9:.1f} GB | {' | '.join(cells)} |"
 
 
 def table(rows: Sequence[tuple[str, str, str, bool]], gpus: Sequence[int], cluster: Cluster) -> str:
     head = "| model | backend | parallel | one GPU | sent a step | " + " | ".join(f"{n} GPUs" for n in gpus) + " |"
-    lines = [row(name, column, strategy, gpus, cluster, eight) for name, column, strategy, eight in rows]
+    lines = [row(name, column, strategy, gpus, cluster, fp32) for name, column, strategy, fp32 in rows]
     return "\n".join([head, "|---" * (5 + len(gpus)) + "|", *lines])
 
 
@@ -185,13 +185,13 @@ def main() -> int:
     parser.add_argument("--model", choices=list(MEASURED))
     parser.add_argument("--column", choices=COLUMNS, default="switchback", help="as measured")
     parser.add_argument("--strategy", choices=STRATEGIES, default="fsdp")
-    parser.add_argument("--eight-bits", action="store_true", help="weights are quantized before they are gathered")
+    parser.add_argument("--fp32-gathers", action="store_true", help="low-precision weights have a scale for each row")
     parser.add_argument("--gpus", type=int, nargs="+", default=list(GPUS))
     parser.add_argument("--network", type=float, default=40.0, help="GB/s of a GPU to other nodes")
     parser.add_argument("--nvlink", type=float, default=360.0, help="GB/s of a GPU to others of its node")
     args = parser.parse_args()
     if args.model:
-        chosen = [(args.model, args.column, args.strategy, args.eight_bits)]
+        chosen = [(args.model, args.column, args.strategy, args.fp32_gathers)]
         print(table(chosen, args.gpus, Cluster(network=args.network, nvlink=args.nvlink)))
         return 0
     text = PAGE.read_text(encoding="utf-8")

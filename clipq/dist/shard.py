@@ -8,7 +8,7 @@ in fp32, for which FSDP2 would have cast their gains with the matrices of their 
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from clipq.dist.env import DistEnv
+from clipq.dist.gather8 import EightBitGathers
 
 
 def make_mesh(env: DistEnv, replicas: int) -> DeviceMesh:
@@ -44,6 +45,8 @@ class Sharded:
         param_dtype: type in which the units' matrices are gathered, which autocast would make of them anyway; None
             for their own. What lies outside of units is gathered as it is: autocast leaves embeddings alone.
         reshard_after_forward: free the units' matrices after the forward, and gather them in the backward again.
+        quantized: names of matrices that are used in 8 bits only, with one scale each, and so are gathered in them; and
+            in which type. One of which a rank has no row is gathered as the others are.
     """
 
     def __init__(
@@ -54,8 +57,9 @@ class Sharded:
         *,
         param_dtype: torch.dtype | None,
         reshard_after_forward: bool,
+        quantized: Mapping[str, torch.dtype],
     ) -> None:
-        self._model, self._reshard = model, reshard_after_forward
+        self._model, self._reshard, self._param_dtype = model, reshard_after_forward, param_dtype
         self._small = [p for p in model.parameters() if p.ndim < 2]
         model.register_forward_hook(_without_leaves)  # before FSDP2's own
         for module in (*units, model):
@@ -76,7 +80,29 @@ class Sharded:
         # last may differ between ranks.
         for sooner, later in zip((model, *units), (*units, model), strict=True):
             later.set_modules_to_backward_prefetch([sooner])  # pyright: ignore[reportCallIssue]
+        self._gathers = self._in_8_bits(quantized, mesh.size(-1))
+        # before FSDP2's own hook, after which its streams no longer wait for this one
+        model.register_forward_pre_hook(lambda *_: self._gathers.scale(), prepend=True)
         self._begin()
+
+    def bytes_of_weights(self) -> int:
+        """Bytes of all matrices as they are gathered: what comes to a rank in a forward, its own share included."""
+        units = {id(p) for unit in self._units if unit is not self._model for p in unit.parameters()}
+        sizes = {id(p): 1 for p in self._gathers.matrices}
+        wide = self._param_dtype
+        return sum(
+            p.numel() * sizes.get(id(p), wide.itemsize if wide and id(p) in units else p.element_size())
+            for p in self._model.parameters()
+            if p.ndim >= 2
+        )
+
+    def _in_8_bits(self, quantized: Mapping[str, torch.dtype], shards: int) -> EightBitGathers:
+        matrices = {self._model.get_parameter(name): dtype for name, dtype in quantized.items()}
+
+        def on_all_ranks(rows: int) -> bool:
+            return -(-rows // shards) * (shards - 1) < rows
+
+        return EightBitGathers({p: dtype for p, dtype in matrices.items() if on_all_ranks(p.shape[0])})
 
     def _begin(self) -> None:
         """Lets the model be the root before anything calls a unit by itself, as an evaluation may."""
@@ -108,6 +134,7 @@ class Sharded:
         For an evaluation, in which ranks have unequal shares. Collective at its begin.
         """
         self._model.set_reshard_after_forward(False)  # pyright: ignore[reportCallIssue]
+        self._gathers.scale()
         for unit in self._units:
             unit.unshard()
         try:

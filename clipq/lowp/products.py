@@ -65,11 +65,11 @@ def quantize_weight(weight_mn: Tensor, recipe: LinearRecipe) -> QuantizedWeight:
     """Quantizes a weight as the output and the input gradient of a recipe want it."""
     assert recipe.output is not None
     assert recipe.grad_input is not None
-    forward, backward = recipe.output.right, recipe.grad_input.right
-    if forward == backward and forward.scales is Scales.tensor:
-        q, qt, scale = kernels.quantize_tensor(weight_mn, forward.dtype)
+    if recipe.weight_dtype is not None:
+        q, qt, scale = kernels.quantize_tensor(weight_mn, recipe.weight_dtype)
         # a view, since torch.compile lets no tensor enter an autograd function twice
         return QuantizedWeight(q, scale, qt, scale.view(1))
+    forward, backward = recipe.output.right, recipe.grad_input.right
     return QuantizedWeight(*quantize(weight_mn, forward), *quantize_transposed(weight_mn, backward))
 
 

@@ -127,6 +127,13 @@ class LinearRecipe:
         return {operand.dtype for p in products if p is not None for operand in (p.left, p.right)}
 
     @property
+    def weight_dtype(self) -> torch.dtype | None:
+        """The type of the weight where both of its products take the same values of it, with one scale; else None."""
+        if self.output is None or self.grad_input is None or self.output.right != self.grad_input.right:
+            return None
+        return self.output.right.dtype if self.output.right.scales is Scales.tensor else None
+
+    @property
     def fusable(self) -> bool:
         """Whether the kernels that quantize in a norm or an activation serve it: rows quantized, dW in 16 bits."""
         return (

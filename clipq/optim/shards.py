@@ -27,6 +27,12 @@ def local(t: Tensor) -> Tensor:
     return t if whole is None else whole.to_local()
 
 
+def whole(t: Tensor) -> Tensor:
+    """All of a tensor, itself where it is not sharded. Collective where it is."""
+    sharded = _sharded(t)
+    return t if sharded is None else sharded.full_tensor()
+
+
 def all_local(tensors: list[Tensor]) -> list[Tensor]:
     """`local` of each; the list itself where none is sharded."""
     return tensors if PLAIN.issuperset(map(type, tensors)) else [local(t) for t in tensors]

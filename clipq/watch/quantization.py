@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from clipq.lowp.linear import LowpLinear
 from clipq.model.block import Block
 from clipq.model.surgery import blocks
+from clipq.optim.shards import whole
 
 PAIRS = 8
 
@@ -30,13 +31,15 @@ def quantization_errors(model: nn.Module, image_BCHW: Tensor, text_BL: Tensor) -
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LowpLinear)}
     if not layers:
         return {}
+    weights = {name: layer.weight for name, layer in layers.items()}  # FSDP may give a layer its weight in 8 bits
     errors: dict[str, Tensor] = {}
 
     def hook_of(name: str) -> Any:
         def hook(layer: LowpLinear, inputs: tuple[Tensor, ...], y: Tensor) -> None:
             x = inputs[0]
             with torch.autocast(x.device.type, enabled=False):
-                exact = F.linear(x.float(), layer.weight.float(), None if layer.bias is None else layer.bias.float())
+                weight, bias = whole(weights[name]).float(), layer.bias
+                exact = F.linear(x.float(), weight, None if bias is None else bias.float())
             errors[name] = (y.float() - exact).norm() / exact.norm()
 
         return hook

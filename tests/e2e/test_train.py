@@ -209,7 +209,7 @@ def test_two_processes_in_shards_make_the_run_of_one(whole_run: Path, world: Pat
     done = command_on_two_ranks("train", *settings, "parallel=fsdp", cwd=world)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    assert "fsdp: 1 copy of the model, in 2 shards" in done.stdout
+    assert "fsdp: 1 copy of the model, in 2 shards; all weights travel as" in done.stdout
     folder, expected = world / "runs" / "shards", read_metrics(whole_run)
     assert [row["loss"] for row in read_metrics(folder)] == pytest.approx([r["loss"] for r in expected], rel=1e-3)
     (evaluation,), (of_one,) = read_metrics(folder, "eval"), read_metrics(whole_run, "eval")
