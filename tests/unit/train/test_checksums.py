@@ -71,7 +71,7 @@ def test_the_run_goes_on_from_the_one_before(folder: Path) -> None:
     found = newest(folder)
     assert found == folder / "step_00000001"
     state = filled_state()
-    load(found, state, ENV)
+    load(folder / "step_00000001", state, ENV)
     assert values(state) == {1}
     assert set_aside_damaged(folder) == [], "it is told once"
 
