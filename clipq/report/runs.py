@@ -52,7 +52,7 @@ class Event:
 
     step: int
     name: str
-    """`bad step`, `rewind`, `gradient overflow`."""
+    """`bad step`, `rewind`, `gradient overflow`, `failed save`."""
     text: str
 
 
