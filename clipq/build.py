@@ -29,7 +29,7 @@ from clipq.data.order import usual_lanes
 from clipq.data.remote import RemoteError
 from clipq.data.shards import expand, names_digest
 from clipq.dist.env import DistEnv
-from clipq.dist.gather import raised_on_every_rank
+from clipq.dist.gather import gather_objects, raised_on_every_rank
 from clipq.dist.shard import Sharded
 from clipq.dist.stop import Stop
 from clipq.eval.common import Encoder, Evaluator
@@ -314,7 +314,7 @@ def resume(
     Raises:
         ConfigError: the run was begun with another order of samples, in which its place is lost.
     """
-    path = newest(checkpoints.folder)
+    path = gather_objects(newest(checkpoints.folder))[0]  # as rank 0 sees it
     if path is None:
         if (checkpoints.folder.parent / "metrics.jsonl").exists():
             log.warning(

@@ -103,17 +103,27 @@ def _check_wandb(job: TrainJob, env: DistEnv) -> None:
 def _train(job: TrainJob, folder: Path, yaml: str, env: DistEnv, stop: Stop) -> None:
     from clipq.build import build_run, build_writers, reported_as_config_error
     from clipq.data.shards import DataError
+    from clipq.dist.gather import gather_objects
     from clipq.eval.common import EvalError
     from clipq.log.console import Console, setup_logging
-    from clipq.log.folder import environment, flatten_yaml, write_folder
-    from clipq.train.checkpoint import CheckpointError, disk_is_full
+    from clipq.log.folder import changes, environment, flatten_yaml, write_folder
+    from clipq.train.checkpoint import CheckpointError, disk_is_full, newest, set_aside_damaged
     from clipq.train.loop import owed, train
     from clipq.train.run import DivergedError, close, write
 
+    checkpoints = folder / "checkpoints"
     with reported_as_config_error():  # which waits: every rank has read the folder before one of them changes it
-        differing = _changes_since_checkpoint(job, folder, yaml)
+        if job.resume is Resume.never and (old := newest(checkpoints)):
+            raise ConfigError(f"resume=never, but {folder} holds {old.name}: choose another name=, or remove it")
+    with reported_as_config_error():
+        damaged = set_aside_damaged(checkpoints) if env.is_main else []
+    found = gather_objects(newest(checkpoints))[0]  # as rank 0 sees it: other machines may see the folder as it was
+    with reported_as_config_error():
+        differing = [] if found is None else changes((found / "config.yaml").read_text(encoding="utf-8"), yaml)
     console = Console(enabled=env.is_main)
     setup_logging(console, file=folder / "logs" / f"rank_{env.rank}.log", rank=env.rank)
+    for line in damaged:
+        log.warning("%s", line)
     for line in differing:
         log.warning("changed since the checkpoint: %s", line)
     try:
@@ -162,22 +172,6 @@ def _train(job: TrainJob, folder: Path, yaml: str, env: DistEnv, stop: Stop) -> 
 
 
 SHOWN = ("device", "world_size", "torch", "parameters", "gflops_per_image")
-
-
-def _changes_since_checkpoint(job: TrainJob, folder: Path, yaml: str) -> list[str]:
-    from clipq.log.folder import changes
-    from clipq.train.checkpoint import newest
-
-    found = newest(folder / "checkpoints")
-    if found is None:
-        return []
-    if job.resume is Resume.never:
-        raise ConfigError(f"resume=never, but {folder} holds {found.name}: choose another name=, or remove it")
-    try:
-        stored = (found / "config.yaml").read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{found} is not whole: {error}: remove it to go on from the one before it") from error
-    return changes(stored, yaml)
 
 
 if __name__ == "__main__":

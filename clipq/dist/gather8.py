@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.distributed.device_mesh import DeviceMesh
 
 from clipq.kernels.formats import QMAX, TINY
@@ -46,7 +47,7 @@ class _Matrix:
         if out is None:
             whole = (q * scale).to(param_dtype)
             return whole, (whole,)
-        with torch.autograd._unsafe_preserve_version_counter(out):  # autograd may have kept it: the values are the same
+        with _unsafe_preserve_version_counter(out):  # autograd may have kept it: the values are the same
             torch.mul(q, scale, out=out)
         return None
 
@@ -73,7 +74,8 @@ class EightBitGathers:
         """Takes the largest magnitudes, of all matrices at once: to be called when weights have changed. Collective."""
         if not self._shards:
             return
-        largest = torch.stack(torch._foreach_norm(self._shards, torch.inf))
+        norms = torch._foreach_norm(self._shards, torch.inf)  # pyright: ignore[reportPrivateImportUsage]
+        largest = torch.stack(norms)
         # a maximum over ranks may leave NaN out, infinity it does not: either way nothing of the matrix stays finite
         self._amax.copy_(largest.nan_to_num(nan=torch.inf, posinf=torch.inf))
         dist.all_reduce(self._amax, dist.ReduceOp.MAX)

@@ -59,7 +59,7 @@ def to_openclip(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None
 
     Args:
         model: not wrapped by DDP; compiled blocks are fine.
-        state_dict: take the tensors from here, such as one gathered from shards; None for the model's own.
+        state_dict: take the tensors from here, such as gradients; None for the model's own.
     """
     renamed = key_map(model)
     state_dict = model.state_dict() if state_dict is None else state_dict
@@ -263,29 +263,37 @@ def read_preprocess(path: str | Path) -> dict[str, Any]:
         raise WeightsError(f"weights {file}: its metadata cannot be read: {error}") from error
 
 
-def save_weights(model: nn.Module, path: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+def save_weights(model: nn.Module, path: str | Path) -> None:
     """Writes a `.safetensors` file with OpenCLIP's keys, whole or not at all.
 
     `open_clip.create_model(name, pretrained=path)` reads it. Its metadata carry the image preprocessing.
 
     Args:
         model: not wrapped by DDP.
-        state_dict: see `to_openclip`.
     """
+    write_weights(to_openclip(model), preprocess_of(model), path)
+
+
+def preprocess_of(model: nn.Module) -> dict[str, Any]:
+    """The image preprocessing that `read_preprocess` gives where `write_weights` has got it."""
+    return getattr(getattr(model, "visual", None), _PREPROCESS, {})
+
+
+def write_weights(weights: Mapping[str, Tensor], preprocess: dict[str, Any], path: str | Path) -> None:
+    """`save_weights` of what was taken from a model before: its weights under OpenCLIP's keys, its preprocessing."""
     path = Path(path)
-    preprocess = getattr(getattr(model, "visual", None), _PREPROCESS, {})
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file(
-            _independent(to_openclip(model, state_dict)),
+            _independent(weights),
             beside,
             metadata={"format": "pt", _PREPROCESS: json.dumps(preprocess)},
         )
-        _sync(beside)
+        sync(beside)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def _independent(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -302,7 +310,7 @@ def _independent(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Waits until a file, or the entries of a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,12 +27,6 @@ def local(t: Tensor) -> Tensor:
     return t if whole is None else whole.to_local()
 
 
-def whole(t: Tensor) -> Tensor:
-    """All of a tensor, itself where it is not sharded. Collective where it is."""
-    sharded = _sharded(t)
-    return t if sharded is None else sharded.full_tensor()
-
-
 def all_local(tensors: list[Tensor]) -> list[Tensor]:
     """`local` of each; the list itself where none is sharded."""
     return tensors if PLAIN.issuperset(map(type, tensors)) else [local(t) for t in tensors]
@@ -49,17 +43,10 @@ def local_grad(p: Tensor) -> Tensor:
     return local(p.grad)  # pyright: ignore[reportArgumentType]
 
 
-def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with sharded ones whole, on the CPU; on other ranks than 0 these are empty. Collective.
-
-    One is gathered after another, so that a device holds no more than one of them whole.
-    """
-    found = dict(tensors)
-    for name, tensor in tensors.items():
-        if (sharded := _sharded(tensor)) is not None:
-            whole = sharded.full_tensor()
-            found[name] = whole.cpu() if dist.get_rank() == 0 else torch.empty(0)
-    return found
+def whole(t: Tensor) -> Tensor:
+    """All of a tensor, on its device; itself where it is not sharded. Collective where it is."""
+    sharded = _sharded(t)
+    return t if sharded is None else sharded.full_tensor()
 
 
 def laid_out_as(like: Tensor, whole: Tensor) -> Tensor:

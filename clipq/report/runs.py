@@ -52,7 +52,7 @@ class Event:
 
     step: int
     name: str
-    """`bad step`, `rewind`, `gradient overflow`."""
+    """`bad step`, `rewind`, `gradient overflow`, `failed save`."""
     text: str
 
 
@@ -237,6 +237,8 @@ class _Log:
             where = f", first in {tensor}" if tensor else ""
             samples = f"; samples in {keys}" if keys else ""
             self.events.append(Event(step, name, f"{reason or 'no reason given'}{where}{samples}"))
+        elif name == "failed save":
+            self.events.append(Event(step, name, str(row.get("reason"))))
         elif name == "gradient overflow" and isinstance(parameters, list):
             self.events.append(Event(step, name, ", ".join(map(str, parameters[:5])) + ", …" * (len(parameters) > 5)))
 

@@ -176,6 +176,12 @@ def newest(run: Run) -> Path | None:
     return gather_objects(run.checkpoints.newest())[0]
 
 
+def tell_failed_saves(run: Run) -> None:
+    """Writes an event for each checkpoint that could not be written; on rank 0, which alone knows."""
+    for step, error in run.checkpoints.failures():
+        write(run, [{"kind": "event", "step": step, "event": "failed save", "reason": str(error)}])
+
+
 def rewind(run: Run) -> None:
     """Takes the newest checkpoint, with the place in the data as it is now. Collective."""
     state, path = run.state, newest(run)

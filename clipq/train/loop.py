@@ -23,7 +23,7 @@ from clipq.log.writers import evaluated
 from clipq.optim.loss_scale import FixedLossScaler
 from clipq.optim.shards import local
 from clipq.train.accumulate import accumulate
-from clipq.train.events import flush, measure_quantization, newest, rewind
+from clipq.train.events import flush, measure_quantization, newest, rewind, tell_failed_saves
 from clipq.train.guard import clip_gradients, gradient_norms, total_norm
 from clipq.train.profile import profiler
 from clipq.train.run import Pending, Run, diverged, numbers_of, write
@@ -42,7 +42,7 @@ def train(run: Run) -> None:
     Raises:
         Stopped: a signal asked for it; what was trained is saved.
         DivergedError: the run went bad; no such weights were saved.
-        CheckpointError: a checkpoint could not be written.
+        CheckpointError: the last checkpoint could not be written.
         EvalError: an evaluator cannot use its data; the same command evaluates again.
     """
     meter = Meter(
@@ -59,6 +59,8 @@ def train(run: Run) -> None:
         stopped.where = end(run, meter)
         raise
     finally:
+        run.checkpoints.wait()  # what is being written is finished, however the run ends
+        tell_failed_saves(run)
         if run.graph is not None:
             run.graph.forget()  # NCCL would wait for it at the end of the process group, for ever
 
@@ -100,17 +102,18 @@ def train_on(run: Run, meter: Meter) -> None:
             # Weights whose loss is refused may be bad themselves: saved again and again, they would drive out the good.
             if saving and (step == run.steps or not run.refused):
                 with meter.paused():
-                    save(run)
+                    save(run, wait=step == run.steps)
             if evaluating:  # after the save, so that a fault in an evaluation costs no training
                 with meter.paused():
                     evaluate(run, run.evaluators)
+            tell_failed_saves(run)
             if profiling is not None:
                 profiling.step()
 
 
-def save(run: Run) -> None:
+def save(run: Run, *, wait: bool) -> None:
     require_finite_weights(run)
-    run.checkpoints.save(run.state, loader=run.loader_info)
+    run.checkpoints.save(run.state, loader=run.loader_info, wait=wait)
 
 
 def end(run: Run, meter: Meter) -> str:
@@ -123,7 +126,7 @@ def end(run: Run, meter: Meter) -> str:
         return f"in step {state.step}, from which it is to go back to {newest(run)}"
     state.learned = learned  # as it is where the run goes on: numbers were not due to be read
     if newest(run) != path:
-        save(run)
+        save(run, wait=True)
     return f"after step {state.step}, saved in {path}"
 
 

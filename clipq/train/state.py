@@ -12,7 +12,7 @@ from torch import nn
 from clipq.data.loader import StreamPlace
 from clipq.dist.gather import gather_objects
 from clipq.optim.loss_scale import FixedLossScaler
-from clipq.optim.shards import gathered, laid_out_as
+from clipq.optim.shards import laid_out_as
 from clipq.watch.spikes import SpikeDetector
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class TrainState:
     def state_dict(self) -> dict[str, Any]:
         """Everything but the model's weights, in tensors and plain values. Collective: every rank must call it.
 
-        What FSDP shards is whole on rank 0, on the CPU, and empty on other ranks.
+        Tensors are the optimizer's own, and what FSDP shards is in shards.
         """
         rng = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_initialized():
@@ -51,16 +51,12 @@ class TrainState:
             "data": self._place(),
             "samples": self.samples,
             "seconds": self.seconds,
-            "optimizer": self._optimizer(),
+            "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "spikes": self.spikes.state_dict(),
             "learned": self.learned,
             "rng": gather_objects(rng),
         }
-
-    def _optimizer(self) -> dict[str, Any]:
-        state = self.optimizer.state_dict()
-        return {**state, "state": {number: gathered(values) for number, values in state["state"].items()}}
 
     def _sharded(self, saved: dict[str, Any]) -> dict[int, dict[str, Any]]:
         """An optimizer's state by parameter, with the moments sharded as the parameters are."""

@@ -14,7 +14,7 @@ from clipq.config.hydra import configs_dir, register, to_job
 from clipq.config.schema import TrainJob
 from clipq.dist.env import DistEnv
 from clipq.log.console import Console
-from clipq.optim.shards import gathered
+from clipq.optim.shards import whole
 from clipq.train.loop import train_step
 from clipq.train.run import Pending, Run
 from tests.helpers import TINY_ARCH
@@ -69,9 +69,8 @@ def run_in(folder: Path, env: DistEnv, name: str, *overrides: str) -> Run:
 
 
 def weights_of(run: Run) -> dict[str, Tensor]:
-    """A copy of all parameters, whole, on rank 0. Collective."""
-    gathered_now = gathered(dict(run.state.model.named_parameters()))
-    return {name: t.detach().clone() for name, t in gathered_now.items()}
+    """A copy of all parameters, whole. Collective."""
+    return {name: whole(t.detach()).clone() for name, t in run.state.model.named_parameters()}
 
 
 def flat(weights: dict[str, Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from clipq.dist.env import DistEnv, distributed
 from clipq.model.weights import to_openclip
-from clipq.optim.shards import gathered
+from clipq.optim.shards import whole
 from tests.distributed.steps import flat, run_in, take_steps, weights_of, whole_batches
 from tests.helpers import colour_shards, run_distributed, tiny_arch
 
@@ -33,7 +33,7 @@ def save(folder: Path, env: DistEnv, saved: str) -> None:
     batches = whole_batches(ALL)
     take_steps(run, batches[:FIRST])
     run.state.step = FIRST
-    run.checkpoints.save(run.state, loader=run.loader_info)
+    run.checkpoints.save(run.state, loader=run.loader_info, wait=True)
     here = weights_of(run)
     take_steps(run, batches[FIRST:])
     after = weights_of(run)
@@ -123,5 +123,5 @@ def test_the_files_do_not_tell_who_saved_them(folder: Path) -> None:
 
 
 def test_what_is_not_sharded_is_not_copied() -> None:
-    weights = {"w": torch.ones(2)}
-    assert gathered(weights)["w"] is weights["w"]
+    w = torch.ones(2)
+    assert whole(w) is w

@@ -216,7 +216,7 @@ def test_a_spike_is_marked_in_both_panels_at_its_step(write_run: WriteRun) -> No
     assert where(only(write_run(rows=calm(), config=IGNORE)), SPIKE).sum() == 0
 
 
-@pytest.mark.parametrize("name", ["bad step", "rewind", "gradient overflow"])
+@pytest.mark.parametrize("name", ["bad step", "rewind", "gradient overflow", "failed save"])
 def test_events_are_marked(write_run: WriteRun, name: str) -> None:
     event = {"kind": "event", "step": 60, "event": name, "to": 60, "parameters": ["a"]}
     plain, marked = (parts([only(write_run(f"{n}", rows=calm(60) + n * [event]))])[0].plot for n in (0, 1))

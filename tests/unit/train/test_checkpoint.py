@@ -50,7 +50,7 @@ def test_loaded_state_goes_on_exactly(arch: Path, tmp_path: Path) -> None:
     for _ in range(3):
         step(state)
     state.samples, state.seconds = 12, 3.5
-    checkpoints(tmp_path / "c").save(state, loader=LOADER)
+    checkpoints(tmp_path / "c").save(state, loader=LOADER, wait=True)
     expected = [step(state) for _ in range(3)]
 
     other = new_state(arch, seed=1)
@@ -65,7 +65,7 @@ def test_which_are_kept(arch: Path, tmp_path: Path) -> None:
     state = new_state(arch, seed=0)
     saver = checkpoints(tmp_path / "c", keep_last=2, keep_every=20)
     for state.step in (10, 20, 30, 40, 50, 60, 70):
-        saver.save(state, loader=LOADER)
+        saver.save(state, loader=LOADER, wait=True)
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == [f"step_{s:08d}" for s in (20, 40, 60, 70)]
 
 
@@ -100,7 +100,7 @@ def test_failed_write_leaves_what_was_there(
     state = new_state(arch, seed=0)
     saver = checkpoints(tmp_path / "c")
     state.step = 1
-    saver.save(state, loader=LOADER)
+    saver.save(state, loader=LOADER, wait=True)
 
     def fails(*_: object, **__: object) -> None:
         raise fault
@@ -108,7 +108,7 @@ def test_failed_write_leaves_what_was_there(
     monkeypatch.setattr(function, fails)
     state.step = 2
     with pytest.raises(CheckpointError, match=rf"cannot write checkpoint .*step_00000002: .*{says}") as raised:
-        saver.save(state, loader=LOADER)
+        saver.save(state, loader=LOADER, wait=True)
     assert ("the disk is full" in str(raised.value)) == says.startswith("the disk is full")
     assert [p.name for p in (tmp_path / "c").iterdir()] == ["step_00000001"]
 
@@ -124,7 +124,7 @@ def test_full_disk(layers: int, small_disk: Path) -> None:
     saver = checkpoints(small_disk / "c")
     free = shutil.disk_usage(small_disk).free
     with pytest.raises(CheckpointError, match=r"step_00000001: the disk is full"):
-        saver.save(state, loader=LOADER)
+        saver.save(state, loader=LOADER, wait=True)
     assert list((small_disk / "c").iterdir()) == []
     assert shutil.disk_usage(small_disk).free == free
 
@@ -133,7 +133,7 @@ def test_full_disk(layers: int, small_disk: Path) -> None:
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut", "other content"])
 def test_damaged_checkpoint(name: str, damage: str, arch: Path, tmp_path: Path) -> None:
     state = new_state(arch, seed=0)
-    checkpoints(tmp_path / "c").save(state, loader=LOADER)
+    checkpoints(tmp_path / "c").save(state, loader=LOADER, wait=True)
     found = newest(tmp_path / "c")
     assert found is not None
     file = found / name
@@ -156,7 +156,7 @@ class Evil:
 
 def test_pickled_objects_are_not_run(arch: Path, tmp_path: Path) -> None:
     state = new_state(arch, seed=0)
-    checkpoints(tmp_path / "c").save(state, loader=LOADER)
+    checkpoints(tmp_path / "c").save(state, loader=LOADER, wait=True)
     found = newest(tmp_path / "c")
     assert found is not None
     with zipfile.ZipFile(found / "state.pt", "w") as archive:
