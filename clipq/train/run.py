@@ -26,6 +26,7 @@ from clipq.train.graph import Graphed
 from clipq.train.guard import Guard
 from clipq.train.schedule import Schedule
 from clipq.train.state import TrainState
+from clipq.train.straggler import Stragglers
 from clipq.watch.instruments import Watch
 
 
@@ -145,6 +146,7 @@ class Run:
     """Whether the guard refused the last step that was read."""
     stop: Stop = field(default_factory=Stop)
     progress: Progress = field(default_factory=Progress)
+    stragglers: Stragglers = field(default_factory=Stragglers)
     filtered: Filtered = field(init=False)
     pending: list[Pending] = field(default_factory=list)
 
