@@ -73,9 +73,9 @@ def train_job(job: TrainJob, yaml: str, *, stop: Stop) -> None:
     render_synthetic(yaml)
     folder = Path(job.runs) / job.name
     # NCCL's record of the last collectives; read as ranks find each other, written where one of them takes too long
-    os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(folder.absolute() / "logs" / "nccl_trace_rank_"))
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder.absolute() / "logs" / "nccl_trace_rank_"))
     with distributed(job.device.value, timeout_minutes=job.parallel.timeout_minutes) as env:
         stop.at_once = not env.is_distributed  # from here on ranks wait for each other
         _check_wandb(job, env)
