@@ -15,7 +15,7 @@ from tests.helpers import steps_done
 
 LIMIT = 5
 """Seconds that a step may take, and after which a rank is found to hang."""
-TELLING = 20
+TELLING = 30
 """Seconds in which a rank finds out who is behind, tells it and ends; on a machine that is busy."""
 SECONDS = 60
 """That a run may take to begin."""

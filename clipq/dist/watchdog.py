@@ -130,7 +130,7 @@ class _Watchdog:
 
         def ask() -> None:
             for pause in (2.5 * BEAT, 0):
-                read.append([json.loads(b) for b in self._env_store().multi_get(keys)])
+                read.append([json.loads(b) for b in self._store.multi_get(keys)])
                 time.sleep(pause)
 
         _within(5 * BEAT, ask)
@@ -138,11 +138,6 @@ class _Watchdog:
             return describe(*read)
         address = ":".join(os.environ.get(k, "?") for k in ("MASTER_ADDR", "MASTER_PORT"))
         return f"the store at {address} does not answer: rank 0, its host or the way to it is gone"
-
-    def _env_store(self) -> Any:
-        assert self._env.store is not None
-        return self._env.store.clone()
-
 
 def _within(seconds: float, function: Callable[[], None]) -> None:
     """Calls what may never return, in a thread of its own, and goes on after that time. Its RuntimeErrors are lost."""
