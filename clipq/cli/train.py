@@ -71,10 +71,14 @@ def train_job(job: TrainJob, yaml: str, *, stop: Stop) -> None:
         capability=cuda_capability(),
     )
     render_synthetic(yaml)
+    folder = Path(job.runs) / job.name
+    # NCCL's record of the last collectives; read as ranks find each other, written where one of them takes too long
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder.absolute() / "logs" / "nccl_trace_rank_"))
     with distributed(job.device.value, timeout_minutes=job.parallel.timeout_minutes) as env:
         stop.at_once = not env.is_distributed  # from here on ranks wait for each other
         _check_wandb(job, env)
-        folder = Path(job.runs) / job.name
         with locked(folder, env):
             _train(job, folder, yaml, env, stop)
 
@@ -104,6 +108,7 @@ def _train(job: TrainJob, folder: Path, yaml: str, env: DistEnv, stop: Stop) -> 
     from clipq.build import build_run, build_writers, reported_as_config_error
     from clipq.data.shards import DataError
     from clipq.dist.gather import gather_objects
+    from clipq.dist.watchdog import watched
     from clipq.eval.common import EvalError
     from clipq.log.console import Console, setup_logging
     from clipq.log.folder import changes, environment, flatten_yaml, write_folder
@@ -138,8 +143,10 @@ def _train(job: TrainJob, folder: Path, yaml: str, env: DistEnv, stop: Stop) -> 
         training.writers = build_writers(job, folder, env, step=training.state.step, config=flatten_yaml(yaml))
         if training.state.step:
             write(training, [{"kind": "resume", "step": training.state.step, "seconds": training.state.seconds}])
+        limit = 60 * job.parallel.step_timeout_minutes
         try:
-            train(training)
+            with watched(env, training.progress, limit=limit, folder=folder / "logs"):
+                train(training)
         except Stopped:
             close(training)
             env.barrier()  # a launcher that sees one rank end ends the others

@@ -185,7 +185,10 @@ class ParallelConfig:
     replicas: int | None = None
     """For hsdp: copies of the model, each in shards over an equal part of the processes; None: one on each node."""
     timeout_minutes: float = 30.0
-    """A collective that takes longer than this ends the run."""
+    """A collective that takes longer than this ends the run: building, evaluations and checkpoints among them."""
+    step_timeout_minutes: float = 10.0
+    """A step that takes longer than this on a rank, or the wait for its data, ends the run, and tells which rank is
+    behind. Not for the first steps, nor for those after an evaluation or a checkpoint."""
 
     def __post_init__(self) -> None:
         require(self.bucket_mb > 0, f"parallel.bucket_mb={self.bucket_mb}: expected a positive number")
@@ -205,10 +208,9 @@ class ParallelConfig:
                 f"parallel.{name}={shown} with parallel={self.strategy.value}: only "
                 f"{' and '.join(f'parallel={s.value}' for s in have)} {'has' if len(have) == 1 else 'have'} it",
             )
-        require(
-            0 < self.timeout_minutes < math.inf,
-            f"parallel.timeout_minutes={self.timeout_minutes}: expected a positive, finite number",
-        )
+        for name in ("timeout_minutes", "step_timeout_minutes"):
+            minutes = getattr(self, name)
+            require(0 < minutes < math.inf, f"parallel.{name}={minutes}: expected a positive, finite number")
 
     def copies(self, world_size: int, local_world_size: int) -> int:
         """Copies of the model that are in shards, under fsdp or hsdp.

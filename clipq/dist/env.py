@@ -23,6 +23,8 @@ class DistEnv:
     device: torch.device
     store: dist.Store | None = None  # pyright: ignore[reportPrivateImportUsage]
     """What the ranks know without a collective."""
+    timeout: timedelta = timedelta(minutes=30)
+    """After which a collective fails."""
 
     @property
     def is_main(self) -> bool:
@@ -111,6 +113,7 @@ def distributed(device: str = "auto", *, timeout_minutes: float = 30.0) -> Itera
         local_world_size=local_world_size,
         device=torch.device("cuda", local_rank) if use_cuda else torch.device("cpu"),
         store=store,
+        timeout=timeout,
     )
     if store is None:
         yield env

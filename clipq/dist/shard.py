@@ -8,6 +8,7 @@ in fp32, for which FSDP2 would have cast their gains with the matrices of their 
 from __future__ import annotations
 
 import types
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from clipq.dist.env import DistEnv
@@ -26,7 +28,11 @@ def make_mesh(env: DistEnv, replicas: int) -> DeviceMesh:
     """Processes as [replicas, shards]: those of one copy of the model are neighbours by rank. [shards] for one copy."""
     shape = (replicas, env.world_size // replicas) if replicas > 1 else (env.world_size,)
     names = ("replicate", "shard")[-len(shape) :]
-    return init_device_mesh(env.device.type, shape, mesh_dim_names=names)
+    mesh = init_device_mesh(env.device.type, shape, mesh_dim_names=names)
+    for group in mesh.get_all_groups():  # those of several copies are new, with torch's own limit
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # public under another name since 2.14
+            _set_pg_timeout(env.timeout, group)
+    return mesh
 
 
 def _without_leaves(model: nn.Module, inputs: Any, output: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -70,7 +70,8 @@ def flush(run: Run, meter: Meter, *, show: bool) -> bool:
         if run.refused:
             bad.append(bad_step(run, p, named))
     if show:
-        pending[-1].row |= meter.interval()
+        speed = meter.interval()
+        pending[-1].row |= speed | run.stragglers.look(run.env, speed["data_wait"] or 0.0)
     write(run, [p.row for p in pending] + events + bad)
     if show:
         last = pending[-1].row

@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from clipq.dist.gather import gather_objects
 from clipq.dist.stop import Stopped
+from clipq.dist.watchdog import Place
 from clipq.eval.common import Evaluator
 from clipq.log.meters import Meter
 from clipq.log.writers import evaluated
@@ -56,6 +58,7 @@ def train(run: Run) -> None:
         run.stop.agree()
         train_on(run, meter)
     except Stopped as stopped:
+        run.progress.enter(run.state.step + 1, Place.PAUSE)
         stopped.where = end(run, meter)
         raise
     finally:
@@ -71,15 +74,17 @@ def train_on(run: Run, meter: Meter) -> None:
     batches = run.loader(state.place)
     late = owed(run)
     if late:
-        with meter.paused():
+        with paused(run, meter):
             evaluate(run, late)
     run.model.train()
     with profiler(run.profile, after=state.step, folder=run.folder, env=run.env) as profiling:
         while state.step < run.steps:
+            run.progress.enter(state.step + 1, Place.DATA)
             run.stop.agree_late()
             with meter.waiting(), run.stop.breaks_off(allowed=not run.env.is_distributed):
                 batch = next(batches)
             step = state.step + 1
+            run.progress.enter(step, Place.STEP)
             state.place = batch["place"]
             run.pending.append(train_step(run, batch, run.schedule(step)))
             state.step, state.samples, state.seconds = step, state.samples + run.batch_size, meter.seconds()
@@ -91,24 +96,32 @@ def train_on(run: Run, meter: Meter) -> None:
             saving = step == run.steps or run.checkpoints.due(step, ask_clock=logging_now)
             # Numbers are read (and so checked) before anything is built on the weights that gave them.
             if (logging_now or evaluating or saving) and flush(run, meter, show=logging_now):
-                with meter.paused():
+                with paused(run, meter):
                     batches.close()
                     rewind(run)
                     batches = run.loader(state.place)
                 continue
             if run.quantization_every and step % run.quantization_every == 0:
-                with meter.paused():
+                with paused(run, meter):
                     measure_quantization(run, batch)
             # Weights whose loss is refused may be bad themselves: saved again and again, they would drive out the good.
             if saving and (step == run.steps or not run.refused):
-                with meter.paused():
+                with paused(run, meter):
                     save(run, wait=step == run.steps)
             if evaluating:  # after the save, so that a fault in an evaluation costs no training
-                with meter.paused():
+                with paused(run, meter):
                     evaluate(run, run.evaluators)
             tell_failed_saves(run)
             if profiling is not None:
                 profiling.step()
+
+
+@contextmanager
+def paused(run: Run, meter: Meter) -> Iterator[None]:
+    """Around what is not training: neither the clock of the run nor the limit of a step holds."""
+    run.progress.enter(run.state.step + 1, Place.PAUSE)
+    with meter.paused():
+        yield
 
 
 def save(run: Run, *, wait: bool) -> None:

@@ -16,6 +16,7 @@ from clipq.data.loader import StreamPlace
 from clipq.dist.env import DistEnv
 from clipq.dist.shard import Sharded
 from clipq.dist.stop import Stop
+from clipq.dist.watchdog import Progress
 from clipq.eval.common import Encoder, Evaluator
 from clipq.log.console import Console
 from clipq.log.writers import Row, Writer
@@ -25,6 +26,7 @@ from clipq.train.graph import Graphed
 from clipq.train.guard import Guard
 from clipq.train.schedule import Schedule
 from clipq.train.state import TrainState
+from clipq.train.straggler import Stragglers
 from clipq.watch.instruments import Watch
 
 
@@ -143,6 +145,8 @@ class Run:
     refused: bool = False
     """Whether the guard refused the last step that was read."""
     stop: Stop = field(default_factory=Stop)
+    progress: Progress = field(default_factory=Progress)
+    stragglers: Stragglers = field(default_factory=Stragglers)
     filtered: Filtered = field(init=False)
     pending: list[Pending] = field(default_factory=list)
 

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from clipq.dist.env import DistEnv, distributed
 from clipq.model.weights import to_openclip
 from clipq.optim.shards import whole
+from clipq.train.snapshot import Snapshot
 from tests.distributed.steps import flat, run_in, take_steps, weights_of, whole_batches
 from tests.helpers import colour_shards, run_distributed, tiny_arch
 
@@ -46,7 +47,7 @@ def resume(folder: Path, env: DistEnv, saved: str, *parallel: str) -> None:
     """The checkpoint gives the very tensors that it has, and the run goes on as it would have."""
     run = run_in(folder, env, saved, *settings(saved, *parallel))
     assert run.state.step == FIRST
-    moments = run.state.state_dict()["optimizer"]["state"]
+    moments = Snapshot().take(run.state.state_dict()["optimizer"]["state"], keep=env.is_main)
     weights = weights_of(run)
     sharded = any(isinstance(s["exp_avg"], DTensor) for s in run.state.optimizer.state.values())
     assert sharded is ("sdp" in parallel[0])

