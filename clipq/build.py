@@ -46,7 +46,7 @@ from clipq.optim.groups import decay_groups
 from clipq.optim.loss_scale import FixedLossScaler
 from clipq.optim.stable_adamw import StableAdamW
 from clipq.train.checkpoint import Checkpoints, load, newest
-from clipq.train.graph import WARMUP, WARMUP_DDP, Graphed
+from clipq.train.graph import Graphed
 from clipq.train.loop import forward_backward
 from clipq.train.run import Normalize, Run
 from clipq.train.schedule import Schedule
@@ -294,7 +294,6 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
             before_recording=optimizer.zero_grad,
             device=env.device,
             stream=stream,
-            warmup=WARMUP_DDP if env.is_distributed else WARMUP,
         )
     return run
 

@@ -36,7 +36,7 @@ def make_mesh(env: DistEnv, replicas: int) -> DeviceMesh:
 
 
 def _without_leaves(model: nn.Module, inputs: Any, output: dict[str, Tensor]) -> dict[str, Tensor]:
-    """FSDP2 registers a hook on every output in every forward: on a parameter, as the logit bias is, they would stay."""
+    """FSDP2 hooks every output in every forward: on a parameter, as the logit bias is, the hooks would stay."""
     return {name: t.clone() if t.is_leaf and t.requires_grad else t for name, t in output.items()}
 
 

@@ -91,7 +91,9 @@ class _Watchdog:
         self._beats += 1
         now = self._progress.now
         seconds = time.monotonic() - now.since
-        self._store.set(f"clipq/beat/{self._env.rank}", json.dumps([self._beats, self._host, now.step, now.place, seconds]))
+        self._store.set(
+            f"clipq/beat/{self._env.rank}", json.dumps([self._beats, self._host, now.step, now.place, seconds])
+        )
 
     def _keep_beating(self) -> None:
         with suppress(RuntimeError):  # the store is gone, and with it who hosts it
@@ -112,8 +114,8 @@ class _Watchdog:
         faulthandler.dump_traceback(self._file)
         self._file.flush()
         doing = WORDS[now.place].format(now.step)
-        what = f"no progress for {time.monotonic() - now.since:.0f} s (parallel.step_timeout_minutes): this rank {doing}"
-        what = f"{what}; {self.report()}"
+        what = f"no progress for {time.monotonic() - now.since:.0f} s (parallel.step_timeout_minutes)"
+        what = f"{what}: this rank {doing}; {self.report()}"
         log.error("%s; where: %s", what, self._file.name)
         _within(BEAT, lambda: self._env.tell_why(what))
         if self._env.device.type == "cuda":
@@ -138,6 +140,7 @@ class _Watchdog:
             return describe(*read)
         address = ":".join(os.environ.get(k, "?") for k in ("MASTER_ADDR", "MASTER_PORT"))
         return f"the store at {address} does not answer: rank 0, its host or the way to it is gone"
+
 
 def _within(seconds: float, function: Callable[[], None]) -> None:
     """Calls what may never return, in a thread of its own, and goes on after that time. Its RuntimeErrors are lost."""

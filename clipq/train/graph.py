@@ -27,9 +27,8 @@ class Graphed:
         before_recording: drops what earlier calls left, so that the recording makes it in the graph's own memory, and
             nothing keeps that memory when the recording is given up.
         device: the CUDA device.
-        stream: on which all of it happens. DDP's hooks run on the stream on which DDP was made, and what waits for
-            a stream outside of the recording cannot be recorded.
-        warmup: calls before the recording.
+        stream: for several processes, on which all of it happens. DDP's hooks run on the stream on which DDP was made,
+            and what waits for a stream outside of the recording cannot be recorded.
     """
 
     def __init__(
@@ -39,10 +38,9 @@ class Graphed:
         before_recording: Callable[[], None],
         device: torch.device,
         stream: torch.cuda.Stream | None = None,
-        warmup: int = WARMUP,
     ) -> None:
         self._function, self._before, self._device = function, before_recording, device
-        self._stream, self._warmup = stream, warmup
+        self._stream, self._warmup = stream, WARMUP if stream is None else WARMUP_DDP
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: list[Tensor] = []

@@ -21,7 +21,7 @@ Ranks = tuple[Path, list[subprocess.Popen]]
 @pytest.fixture
 def ranks(world: Path, request: pytest.FixtureRequest) -> Iterator[Ranks]:
     """The folder of a run, in its steps, and its two ranks."""
-    name = request.node.originalname + str(getattr(request, "param", ""))
+    name = request.node.name.replace("[", "_").rstrip("]")
     processes = start_ranks(world, settings(world, name), 2)
     try:
         train_some_steps(world / "runs" / name, processes)
@@ -70,19 +70,15 @@ def test_the_data_of_a_rank_hang(ranks: Ranks, world: Path) -> None:
     os.kill(loader, signal.SIGKILL)
 
 
-def test_a_rank_is_killed(ranks: Ranks) -> None:
-    folder, (first, second) = ranks
-    second.kill()
-    codes, seconds = ended([first], TELLING)
+@pytest.mark.parametrize(
+    ("killed", "told"),
+    [(1, "lost another rank: rank 1 (host "), (0, "rank 0 is gone")],
+    ids=["another", "the_one_with_the_store"],
+)
+def test_a_rank_is_killed(killed: int, told: str, ranks: Ranks) -> None:
+    folder, processes = ranks
+    processes[killed].kill()
+    codes, seconds = ended([processes[1 - killed]], TELLING)
     print(f"noticed after {seconds:.1f} s")
     assert codes == [1]
-    assert "lost another rank: rank 1 (host " in log_of(folder, 0)
-
-
-def test_the_rank_with_the_store_is_killed(ranks: Ranks) -> None:
-    folder, (first, second) = ranks
-    first.kill()
-    codes, seconds = ended([second], TELLING)
-    print(f"noticed after {seconds:.1f} s")
-    assert codes == [1]
-    assert "rank 0 is gone" in log_of(folder, 1)
+    assert told in log_of(folder, 1 - killed)
