@@ -45,7 +45,8 @@ def batch_of(run: Run) -> dict[str, Any]:
     size, g = run.batch_size, torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (size, 3, 224, 224), generator=g, dtype=torch.uint8)
     text = torch.randint(1, 49407, (size, 77), generator=g, dtype=torch.int32)
-    return {"image": image.cuda(), "text": text.cuda(), "key": [str(n) for n in range(size)], "lost": 0, "filtered": {}}
+    key = [str(n) for n in range(size)]
+    return {"image": image.cuda(), "text": text.cuda(), "key": key, "lost": 0, "filtered": {}, "sources": {}}
 
 
 def steps_of(run: Run, batch: dict[str, Any]) -> Any:
