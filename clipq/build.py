@@ -45,12 +45,14 @@ from clipq.model.clip import ClipModel, create_model
 from clipq.optim.groups import decay_groups
 from clipq.optim.loss_scale import FixedLossScaler
 from clipq.optim.stable_adamw import StableAdamW
-from clipq.train.checkpoint import Checkpoints, load, newest
+from clipq.train.checkpoint import Checkpoints, load
 from clipq.train.graph import Graphed
+from clipq.train.kept import Keep, newest
 from clipq.train.loop import forward_backward
 from clipq.train.run import Normalize, Run
 from clipq.train.schedule import Schedule
 from clipq.train.state import TrainState
+from clipq.train.upload import Uploads
 from clipq.watch.spikes import Rules, SpikeDetector
 
 log = logging.getLogger(__name__)
@@ -239,13 +241,14 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
     torch.manual_seed(job.seed + env.rank)  # dropout differs between ranks, initial weights do not
 
     watch = build_watch(clip.model, optimizer, job.watch, env, recorded=recorded)
+    keep, address = Keep(job.checkpoint.keep_last, job.checkpoint.keep_every), job.checkpoint.upload
     checkpoints = Checkpoints(
         folder / "checkpoints",
         env,
         every=job.checkpoint.every,
         minutes=job.checkpoint.minutes,
-        keep_last=job.checkpoint.keep_last,
-        keep_every=job.checkpoint.keep_every,
+        keep=keep,
+        uploads=Uploads(folder, f"{address}/{job.name}", keep) if address and env.is_main else None,
         config=yaml,
         architecture=clip.openclip_json(),
     )
@@ -253,6 +256,8 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
     order = {"shards": sum(map(len, shards.values())), "shard_names": names_digest(shards)}
     with reported_as_config_error():
         lanes = resume(checkpoints, state, env, order, job.data.lanes)
+    if checkpoints.uploads is not None and (path := newest(checkpoints.folder)) is not None:
+        checkpoints.uploads.add(path)  # the run may have ended before
     lanes = lanes or usual_lanes(max(map(len, shards.values())), env.world_size)
     samples = build_stream(job.data, sources, lanes, clip, env, batch_size=job.batch_size, seed=job.seed)
     workers = loader_processes(job.data, lanes, env)

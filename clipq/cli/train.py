@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,8 @@ from clipq.dist.stop import Stop, Stopped, caught
 
 if TYPE_CHECKING:
     from clipq.dist.env import DistEnv
+    from clipq.train.run import Run
+    from clipq.train.upload import RemoteRun
 
 # torch and OpenCLIP take seconds to import, so the functions here import what they need: a mistake in the
 # configuration is told at once.
@@ -107,40 +111,34 @@ def _check_wandb(job: TrainJob, env: DistEnv) -> None:
 def _train(job: TrainJob, folder: Path, yaml: str, env: DistEnv, stop: Stop) -> None:
     from clipq.build import build_run, build_writers, reported_as_config_error
     from clipq.data.shards import DataError
-    from clipq.dist.gather import gather_objects
     from clipq.dist.watchdog import watched
     from clipq.eval.common import EvalError
     from clipq.log.console import Console, setup_logging
-    from clipq.log.folder import changes, environment, flatten_yaml, write_folder
-    from clipq.train.checkpoint import CheckpointError, disk_is_full, newest, set_aside_damaged
+    from clipq.log.folder import environment, flatten_yaml, write_folder
+    from clipq.train.checkpoint import CheckpointError, disk_is_full
     from clipq.train.loop import owed, train
     from clipq.train.run import DivergedError, close, write
 
-    checkpoints = folder / "checkpoints"
-    with reported_as_config_error():  # which waits: every rank has read the folder before one of them changes it
-        if job.resume is Resume.never and (old := newest(checkpoints)):
-            raise ConfigError(f"resume=never, but {folder} holds {old.name}: choose another name=, or remove it")
-    with reported_as_config_error():
-        damaged = set_aside_damaged(checkpoints) if env.is_main else []
-    found = gather_objects(newest(checkpoints))[0]  # as rank 0 sees it: other machines may see the folder as it was
-    with reported_as_config_error():
-        differing = [] if found is None else changes((found / "config.yaml").read_text(encoding="utf-8"), yaml)
+    lines = _look_at_folder(job, folder, yaml, env)
     console = Console(enabled=env.is_main)
     setup_logging(console, file=folder / "logs" / f"rank_{env.rank}.log", rank=env.rank)
-    for line in damaged:
+    for line in lines:
         log.warning("%s", line)
-    for line in differing:
-        log.warning("changed since the checkpoint: %s", line)
     try:
         training = build_run(job, env, folder, yaml, console, stop)
         if training.state.step >= job.steps and not owed(training):
             log.info("%s has done its %d steps: raise steps, or choose another name=", folder, training.state.step)
+            _finish_uploads(job, training)
             return
         if env.is_main:
             facts = environment(env.device, env.world_size) | training.facts()
             write_folder(folder, yaml, facts)
             log.info("%s", " | ".join(f"{k} {v}" for k, v in facts.items() if k in SHOWN))
         training.writers = build_writers(job, folder, env, step=training.state.step, config=flatten_yaml(yaml))
+        with reported_as_config_error():
+            if job.checkpoint.upload and env.is_main:
+                with _copy_of(job) as copy:  # what cannot be written there is told before it is trained
+                    copy.put_files(folder)
         if training.state.step:
             write(training, [{"kind": "resume", "step": training.state.step, "seconds": training.state.seconds}])
         limit = 60 * job.parallel.step_timeout_minutes
@@ -150,7 +148,10 @@ def _train(job: TrainJob, folder: Path, yaml: str, env: DistEnv, stop: Stop) -> 
         except Stopped:
             close(training)
             env.barrier()  # a launcher that sees one rank end ends the others
+            if training.checkpoints.uploads is not None:
+                training.checkpoints.uploads.leave()
             raise
+        _finish_uploads(job, training)
         close(training)
         env.barrier()  # for as long as rank 0's writers take, as above
         log.info("finished: %s", folder)
@@ -176,6 +177,74 @@ def _train(job: TrainJob, folder: Path, yaml: str, env: DistEnv, stop: Stop) -> 
         raise
     finally:
         console.close()
+
+
+def _look_at_folder(job: TrainJob, folder: Path, yaml: str, env: DistEnv) -> list[str]:
+    """Fetches and checks what the run is to go on from; what there is to tell of it. Collective."""
+    from clipq.build import reported_as_config_error
+    from clipq.dist.gather import gather_objects
+    from clipq.log.folder import changes
+    from clipq.train.checkpoint import set_aside_damaged
+    from clipq.train.kept import newest
+    from clipq.train.upload import fetch
+
+    checkpoints, lines = folder / "checkpoints", []
+    with reported_as_config_error():  # which waits: every rank has read the folder before one of them changes it
+        if job.resume is Resume.never and (old := newest(checkpoints)):
+            raise ConfigError(f"resume=never, but {folder} holds {old.name}: choose another name=, or remove it")
+    with reported_as_config_error():
+        if env.is_main and job.checkpoint.upload:
+            with _copy_of(job) as copy:
+                if job.resume is Resume.never and (there := copy.checkpoints()):
+                    raise ConfigError(
+                        f"resume=never, but {copy.address} holds {there[-1]}: choose another name=, or remove it"
+                    )
+                lines += fetch(copy, folder)
+        if env.is_main:
+            lines += set_aside_damaged(checkpoints)
+    found = gather_objects(newest(checkpoints))[0]  # as rank 0 sees it: other machines may see the folder as it was
+    with reported_as_config_error():
+        differing = [] if found is None else changes((found / "config.yaml").read_text(encoding="utf-8"), yaml)
+    return lines + [f"changed since the checkpoint: {line}" for line in differing]
+
+
+@contextmanager
+def _copy_of(job: TrainJob) -> Iterator[RemoteRun]:
+    """The copy of the run at `checkpoint.upload`; what fails with it is a mistake in that."""
+    from clipq.train.upload import RemoteRun
+
+    try:
+        yield RemoteRun(f"{job.checkpoint.upload}/{job.name}")
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
+        what = str(error) or type(error).__name__
+        raise ConfigError(f"checkpoint.upload={job.checkpoint.upload}: {what}") from error
+
+
+def _finish_uploads(job: TrainJob, training: Run) -> None:
+    """Waits for the copy of the last checkpoint, in short collectives: the limit of one does not hold for it.
+
+    Raises:
+        CheckpointError: on every rank, if it could not be copied.
+        ConfigError: the metrics of the evaluations that came after it could not.
+    """
+    from clipq.dist.gather import raised_on_every_rank
+    from clipq.train.checkpoint import CheckpointError
+    from clipq.train.events import tell_failed_saves
+
+    uploads = training.checkpoints.uploads
+    while training.env.broadcast_flag(uploads is not None and uploads.busy(seconds=5)):
+        tell_failed_saves(training)
+    with raised_on_every_rank(CheckpointError):
+        if uploads is not None and uploads.failed is not None:
+            raise CheckpointError(
+                f"{uploads.failed}; the run is whole in {training.folder}, and the same command tries again"
+            )
+    with raised_on_every_rank(ConfigError):
+        if uploads is not None:
+            with _copy_of(job) as copy:
+                copy.put_files(training.folder)
 
 
 SHOWN = ("device", "world_size", "torch", "parameters", "gflops_per_image")

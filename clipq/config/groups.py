@@ -340,6 +340,9 @@ class CheckpointConfig:
     """Keep this many of the newest checkpoints."""
     keep_every: int = 0
     """Keep also each checkpoint whose step is a multiple of this; 0 for none."""
+    upload: str | None = None
+    """Folder at an address that fsspec can write, as s3://bucket/runs: a copy of the run is kept in `<upload>/<name>`,
+    and a run that finds a newer checkpoint there than in its own folder goes on from it."""
 
     def __post_init__(self) -> None:
         require(self.every >= 0, f"checkpoint.every={self.every}: expected 0 or more steps")

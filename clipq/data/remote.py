@@ -197,7 +197,7 @@ def _open_http(url: str, at: int, end: int | None = None) -> tuple[Any, int, Abo
 def _open_fsspec(url: str, at: int) -> tuple[Any, int, About]:
     import fsspec
 
-    files, path = fsspec.core.url_to_fs(url, **_limits(url))
+    files, path = fsspec.core.url_to_fs(url, **limits(url))
     file = files.open(path, "rb", block_size=BLOCK, cache_type="readahead")
     file.seek(at)
     details = getattr(file, "details", None) or {}
@@ -230,7 +230,7 @@ def require_protocol(url: str) -> None:
         raise ValueError(f"{url}: {error}; such as http, https, s3 and gs are") from error
 
 
-def _limits(url: str) -> dict[str, Any]:
+def limits(url: str) -> dict[str, Any]:
     """Time limits: nothing may hang, and it is tried again here."""
     if url.startswith("s3://"):
         limits = {"connect_timeout": SECONDS, "read_timeout": SECONDS, "retries": {"max_attempts": 1}}

@@ -237,7 +237,7 @@ class _Log:
             where = f", first in {tensor}" if tensor else ""
             samples = f"; samples in {keys}" if keys else ""
             self.events.append(Event(step, name, f"{reason or 'no reason given'}{where}{samples}"))
-        elif name == "failed save":
+        elif name in ("failed save", "failed upload"):
             self.events.append(Event(step, name, str(row.get("reason"))))
         elif name == "gradient overflow" and isinstance(parameters, list):
             self.events.append(Event(step, name, ", ".join(map(str, parameters[:5])) + ", …" * (len(parameters) > 5)))

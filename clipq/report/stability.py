@@ -25,7 +25,7 @@ TOLD = 5
 TOLD_LEADS = 10
 """Lead times of each that it gives."""
 SPIKE = "#b00020"
-MARKS = {"bad step": "x", "rewind": "<", "gradient overflow": "+", "failed save": "v"}
+MARKS = {"bad step": "x", "rewind": "<", "gradient overflow": "+", "failed save": "v", "failed upload": "1"}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import errno
 import functools
 import logging
 import os
-import re
 import shutil
 import threading
 import time
@@ -37,26 +36,16 @@ from clipq.model.weights import (
     write_weights,
 )
 from clipq.train import checksums
+from clipq.train.kept import Keep, found, newest
 from clipq.train.snapshot import Snapshot
 from clipq.train.state import TrainState
+from clipq.train.upload import Uploads
 
 log = logging.getLogger(__name__)
-
-NAME = re.compile(r"step_(\d{8})")
 
 
 class CheckpointError(OSError):
     """A checkpoint cannot be written; those before it are untouched."""
-
-
-def newest(folder: Path) -> Path | None:
-    """The checkpoint of the highest step in a folder of checkpoints; None where there is none."""
-    found = _found(folder)
-    return found[-1] if found else None
-
-
-def _found(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("step_*") if NAME.fullmatch(p.name))
 
 
 def set_aside_damaged(folder: Path) -> list[str]:
@@ -72,7 +61,7 @@ def set_aside_damaged(folder: Path) -> list[str]:
     """
     damaged: list[tuple[Path, str]] = []
     try:
-        for path in reversed(_found(folder)):
+        for path in reversed(found(folder)):
             if (what := checksums.damage(path)) is None:
                 break
             damaged.append((path, what))
@@ -105,8 +94,8 @@ class Checkpoints:
     Args:
         every: steps between two checkpoints; 0 for none but the last.
         minutes: minutes between two checkpoints, whichever comes first; 0 for none.
-        keep_last: newest checkpoints kept.
-        keep_every: checkpoints kept for good: those whose step is a multiple of it; 0 for none.
+        keep: which are kept.
+        uploads: has each one copied to another place; None for none.
         config: the resolved configuration, written into each checkpoint.
         architecture: the model's as OpenCLIP's JSON, written into each checkpoint: a file it came from may go.
     """
@@ -118,15 +107,15 @@ class Checkpoints:
         *,
         every: int,
         minutes: float,
-        keep_last: int,
-        keep_every: int,
+        keep: Keep,
+        uploads: Uploads | None,
         config: str,
         architecture: str,
     ) -> None:
         self.folder = folder
         self._env = env
         self._every, self._minutes = every, minutes
-        self._keep_last, self._keep_every = keep_last, keep_every
+        self._keep, self.uploads = keep, uploads
         self._config, self._architecture = config, architecture
         self._saved_at = time.monotonic()
         self._snapshot = Snapshot()
@@ -203,6 +192,8 @@ class Checkpoints:
         if writing.error is not None:
             raise writing.error
         log.info("saved %s", self.path(writing.step))
+        if self.uploads is not None:
+            self.uploads.add(self.path(writing.step))
         return None
 
     # What follows runs in a thread, and processes may be forked meanwhile. So it logs nothing and takes no lock that
@@ -247,9 +238,10 @@ class Checkpoints:
 
     def _remove_old(self, saved: Path) -> None:
         """Removes what is not to be kept. What cannot be removed stays, until the next time or a start of the run."""
-        for path in _found(self.folder)[: -self._keep_last]:
-            if not (self._keep_every and int(path.name.removeprefix("step_")) % self._keep_every == 0):
-                gone = self.folder / f".part_old_{path.name}"  # a kill must leave nothing half under the right name
+        for name in self._keep.superseded(path.name for path in found(self.folder)):
+            path = self.folder / name
+            if self.uploads is None or path != self.uploads.reading:
+                gone = self.folder / f".part_old_{name}"  # a kill must leave nothing half under the right name
                 with suppress(OSError):
                     path.rename(gone)
                 shutil.rmtree(gone, ignore_errors=True)

@@ -178,9 +178,14 @@ def newest(run: Run) -> Path | None:
 
 
 def tell_failed_saves(run: Run) -> None:
-    """Writes an event for each checkpoint that could not be written; on rank 0, which alone knows."""
+    """Writes an event for each checkpoint that could not be written, or uploaded; on rank 0, which alone knows."""
     for step, error in run.checkpoints.failures():
         write(run, [{"kind": "event", "step": step, "event": "failed save", "reason": str(error)}])
+    uploads = run.checkpoints.uploads
+    if uploads is not None and (failed := uploads.poll()) is not None:
+        step, reason = failed
+        log.warning("%s; training goes on, and the next checkpoint is uploaded as usual", reason)
+        write(run, [{"kind": "event", "step": step, "event": "failed upload", "reason": reason}])
 
 
 def rewind(run: Run) -> None:

@@ -18,8 +18,9 @@ from clipq.dist.env import distributed
 from clipq.dist.stop import Stopped
 from clipq.model.weights import write_weights
 from clipq.train import checkpoint
-from clipq.train.checkpoint import CheckpointError, load, newest
+from clipq.train.checkpoint import CheckpointError, load
 from clipq.train.checksums import damage
+from clipq.train.kept import newest
 from clipq.train.loop import train
 from clipq.train.run import Run, close
 from clipq.train.state import TrainState

@@ -14,7 +14,8 @@ from torch import nn
 from clipq.dist.env import DistEnv
 from clipq.model.clip import create_model
 from clipq.optim import FixedLossScaler, StableAdamW
-from clipq.train.checkpoint import CheckpointError, Checkpoints, load, newest
+from clipq.train.checkpoint import CheckpointError, Checkpoints, load
+from clipq.train.kept import Keep, newest
 from clipq.train.state import TrainState
 
 ENV = DistEnv(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"))
@@ -42,7 +43,8 @@ def step(state: TrainState) -> float:
 
 def checkpoints(folder: Path, **options: int) -> Checkpoints:
     settings = {"every": 0, "minutes": 0, "keep_last": 2, "keep_every": 0} | options
-    return Checkpoints(folder, ENV, config="steps: 1\n", architecture="{}", **settings)  # pyright: ignore
+    keep = Keep(settings.pop("keep_last"), settings.pop("keep_every"))
+    return Checkpoints(folder, ENV, keep=keep, uploads=None, config="steps: 1\n", architecture="{}", **settings)
 
 
 def test_loaded_state_goes_on_exactly(arch: Path, tmp_path: Path) -> None:

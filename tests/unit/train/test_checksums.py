@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from clipq.train.checkpoint import CheckpointError, load, newest, set_aside_damaged
+from clipq.train.checkpoint import CheckpointError, load, set_aside_damaged
 from clipq.train.checksums import damage
+from clipq.train.kept import newest
 from tests.unit.train.saves import ENV, LOADER, fill, filled_state, names, saver, values
 
 FILES = ("checksums.json", "config.yaml", "model.safetensors", "open_clip_config.json", "state.pt")

@@ -18,8 +18,8 @@ from clipq.config.choices import GuardPolicy
 from clipq.data.loader import StreamPlace
 from clipq.dist.env import distributed
 from clipq.optim import FixedLossScaler
-from clipq.train.checkpoint import newest
 from clipq.train.guard import Guard, gradient_norms, total_norm
+from clipq.train.kept import newest
 from clipq.train.loop import train
 from clipq.train.run import DivergedError, Run
 from tests.helpers import colour_samples, colour_shards, encode, read_metrics, run_distributed, tiny_arch, write_shard

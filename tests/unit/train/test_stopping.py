@@ -12,7 +12,7 @@ import torch
 
 from clipq.dist.env import distributed
 from clipq.dist.stop import Stop, Stopped
-from clipq.train.checkpoint import newest
+from clipq.train.kept import newest
 from clipq.train.loop import train
 from clipq.train.run import DivergedError, Run
 from tests.helpers import read_metrics, run_distributed
