@@ -14,7 +14,14 @@ from open_clip.transform import image_transform
 from PIL import Image
 from torch import Tensor, nn
 
-from clipq.build_backend import AUTOCAST, compile_blocks, convert, wants_graph, warn_of_slow_bf16
+from clipq.build_backend import (
+    AUTOCAST,
+    compile_blocks,
+    convert,
+    wants_graph,
+    warn_of_launches,
+    warn_of_slow_bf16,
+)
 from clipq.build_data import build_captions, build_stream, find_sources, interpolation, loader_processes, train_batches
 from clipq.build_parallel import parallelize
 from clipq.build_watch import build_guard, build_watch
@@ -230,8 +237,11 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
         log.info("%s", line)
     flops = flops_per_pair(clip.model, clip.preprocess.size, clip.context_length)
     clip.model.to(env.device)
-    convert(clip, job.backend, pairs=job.batch_size // (env.world_size * job.accumulation), training=True)
     recorded = wants_graph(job, clip, env)
+    pairs = job.batch_size // (env.world_size * job.accumulation)
+    convert(clip, job.backend, pairs=pairs, training=True)
+    if not recorded:
+        warn_of_launches(job.backend, env.device)
     stream = torch.cuda.Stream(env.device) if recorded and env.is_distributed else None
     model, sharded = parallelize(clip, job.parallel, job.backend, env, stream)
     compile_blocks(clip.model, job.backend, env)

@@ -46,7 +46,8 @@ def convert(clip: ClipModel, config: BackendConfig, *, pairs: int, training: boo
             f"backend.recipe={config.recipe.value}: no tower of this model has clipq's blocks, whose linear layers it "
             "could convert: choose backend=bf16, or a ViT of OpenCLIP such as model=vit_b_32"
         )
-    table = speed_table(config.skip, next(clip.model.parameters()).device)
+    device = next(clip.model.parameters()).device
+    table = speed_table(config.skip, recipe.name, device)
     slow = slow_layers(clip, recipe.name, table, pairs=pairs, training=training) if table is not None else {}
 
     def wanted(name: str, _: nn.Linear) -> bool | str:
@@ -57,23 +58,27 @@ def convert(clip: ClipModel, config: BackendConfig, *, pairs: int, training: boo
         log.info("%s", line)
 
 
-def speed_table(skip: str, device: torch.device) -> SpeedTable | None:
-    """The table that `backend.skip` names; None, with a word why, where there is none.
+def speed_table(skip: str, recipe: str, device: torch.device) -> SpeedTable | None:
+    """The table that `backend.skip` names; None, with a word why, where there is none. Says what it does not tell.
 
     Raises:
         ConfigError: no table can be read from the file.
     """
     if skip == "off":
         return None
-    if skip != "auto":
-        try:
-            return read_table(Path(skip))
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"backend.skip={skip}: expected off, auto, or a file made by python -m clipq.lowp.measure: {error}"
-            ) from error
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
-    table = shipped_table(name)
+    try:
+        table = shipped_table(name) if skip == "auto" else read_table(Path(skip))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"backend.skip={skip}: expected off, auto, or a file made by python -m clipq.lowp.measure: {error}"
+        ) from error
+    if table is not None and table.device != name:
+        log.warning("backend.skip=%s: its speeds are those of %s, and this is %s", skip, table.device, name)
+    if table is not None and not any(speed.recipe == recipe for speed in table.speeds):
+        log.warning(
+            "backend.skip=%s: %s was not measured on %s, so every layer is converted", skip, recipe, table.device
+        )
     if table is None:
         log.warning(
             "backend.skip=auto: there is no table of speeds for %s, so every layer is converted; python -m "
@@ -116,6 +121,16 @@ def warn_of_slow_bf16(config: BackendConfig, device: torch.device) -> None:
             "backend.precision=bf16 is some ten times slower than fp32 on a CPU without AVX-512 (this one: %s): choose "
             "backend=fp32, or backend.precision=fp32 with another recipe",
             capability,
+        )
+
+
+def warn_of_launches(config: BackendConfig, device: torch.device) -> None:
+    """Says what low precision is worth where steps are not recorded: the tables of speeds are of recorded ones."""
+    if device.type == "cuda" and config.recipe is not Recipe.bf16:
+        log.warning(
+            "backend.recipe=%s without a CUDA graph: its kernels are launched one by one, which a host may do slower "
+            "than the GPU runs them (seen: a ViT-B/16 at half of bf16's speed, a ViT-H at 0.99 to 1.22 of it)",
+            config.recipe.value,
         )
 
 

@@ -29,19 +29,21 @@ def register(name: str, schema: str, *, reference: Callable[..., Any], fake: Cal
     def load() -> Callable[..., Any]:
         return getattr(importlib.import_module(module), name)
 
-    # Autocast would change the type of what an implementation computes inside.
+    # Autocast would change the type of what an implementation computes inside, and autograd would take the gradient
+    # of a rounding for one that means something.
     def on_cuda(*args: Any) -> Any:
-        with torch._C._DisableAutocast():
+        with torch._C._DisableAutocast(), torch.no_grad():
             return load()(*args)
 
     def on_cpu(*args: Any) -> Any:
         # results are laid out as the kernels lay them out, whatever the strides of the arguments
         dense = (a.contiguous() if isinstance(a, torch.Tensor) else a for a in args)
-        with torch._C._DisableAutocast():
+        with torch._C._DisableAutocast(), torch.no_grad():
             return reference(*dense)
 
     torch.library.impl(f"clipq::{name}", "cpu", on_cpu)
     torch.library.impl(f"clipq::{name}", "cuda", on_cuda)
+    torch.library.impl(f"clipq::{name}", "Autograd", torch.library.fallthrough_kernel)  # results have no gradient
     torch.library.register_fake(f"clipq::{name}", fake)
     return getattr(torch.ops.clipq, name).default
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from clipq.kernels import implementation
@@ -89,10 +89,11 @@ def convert_linears(
             continue
         why = _obstacle(name, layer, attention, filter)
         if why is None:
-            LowpLinear.from_linear(layer, recipe)
             report.converted.append(name)
         else:
             report.kept[name] = why
+    for name in report.converted:  # after all were asked for: a filter that fails changes nothing
+        LowpLinear.from_linear(model.get_submodule(name), recipe)  # pyright: ignore[reportArgumentType]
     for name, block in list(model.named_modules()):
         _leave_fast_path(block)
         if getattr(block, "fused", ...) is None and hasattr(block, "pairs"):  # one of clipq's blocks, not fused yet
@@ -117,6 +118,7 @@ def _leave_fast_path(module: nn.Module) -> None:
 
 def _implementation(recipe: LinearRecipe, device: torch.device) -> str:
     if recipe.simulated:
+        implementation(device)  # whether its types are known there
         return "simulated"
     return ", ".join(sorted({implementation(device, dtype) for dtype in recipe.dtypes})) or "16 bits"
 
@@ -136,6 +138,11 @@ def _obstacle(
     if isinstance(wanted, str):
         return wanted
     return None if wanted else "the filter leaves it out"
+
+
+def _replaced(before: Tensor, now: Tensor) -> bool:
+    """Whether another parameter is in the place of one, but for shards of FSDP, which come and go."""
+    return now is not before and not any(hasattr(p, "full_tensor") for p in (before, now))
 
 
 @contextmanager
@@ -160,7 +167,9 @@ def quantized_once(model: nn.Module) -> Iterator[None]:
     weights = {name: (layer.weight, layer.weight._version) for name, layer in layers.items()}
     stepped: set[int] = set()  # fused optimizers leave the version as it is
     hook = register_optimizer_step_post_hook(
-        lambda optimizer, *_: stepped.update(id(p) for group in optimizer.param_groups for p in group["params"])
+        lambda optimizer, *_: stepped.update(
+            id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+        )
     )
     before = {name: (layer._held, layer._holding) for name, layer in layers.items()}
     for layer in layers.values():
@@ -174,7 +183,11 @@ def quantized_once(model: nn.Module) -> Iterator[None]:
         hook.remove()
         for name, layer in layers.items():
             layer._held, layer._holding = before[name]
-    changed = [n for n, (w, version) in weights.items() if w._version != version or id(w) in stepped]
+    changed = [
+        name
+        for name, (w, version) in weights.items()
+        if w._version != version or id(w) in stepped or _replaced(w, layers[name].weight)
+    ]
     if changed:
         raise RuntimeError(
             f"{changed[0]}.weight (and {len(changed) - 1} more) changed inside of quantized_once: end the block before "

@@ -203,9 +203,10 @@ def _norm_backward(
 
 def norm_projections(x: Tensor, norm: nn.LayerNorm, layer: LowpLinear) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(*layer(norm(x)).chunk(3, -1), x): [..., n] -> three of [..., m / 3] and x again, to be used in place of x."""
+    weight, quantized = layer.weights()
     return _NormProjections.apply(  # pyright: ignore[reportReturnType]
-        *(x, norm.weight, norm.bias, norm.eps, layer.weight, layer.bias),
-        *(*layer.quantized_weight(), layer.recipe, compute_dtype(x)),
+        *(x, norm.weight, norm.bias, norm.eps, weight, layer.bias),
+        *(*quantized, layer.recipe, compute_dtype(x)),
     )
 
 
@@ -213,9 +214,10 @@ def norm_mlp(
     x: Tensor, norm: nn.LayerNorm, fc: LowpLinear, proj: LowpLinear, *, quick: bool, add: bool
 ) -> tuple[Tensor, Tensor] | Tensor:
     """x + proj(gelu(fc(norm(x)))) where `add`; else the branch alone and x again, to be used in place of x."""
+    (fc_weight, fc_quantized), (proj_weight, proj_quantized) = fc.weights(), proj.weights()
     return _NormMlp.apply(  # pyright: ignore[reportReturnType]
         *(x, norm.weight, norm.bias, norm.eps),
-        *(fc.weight, fc.bias, *fc.quantized_weight()),
-        *(proj.weight, proj.bias, *proj.quantized_weight()),
+        *(fc_weight, fc.bias, *fc_quantized),
+        *(proj_weight, proj.bias, *proj_quantized),
         *(quick, add, fc.recipe, compute_dtype(x)),
     )

@@ -12,6 +12,7 @@ from clipq import kernels
 from clipq.lowp.products import (
     Quantized,
     QuantizedWeight,
+    autocasts,
     compute_dtype,
     multiply,
     quantize,
@@ -101,7 +102,7 @@ def linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    recipe: LinearRecipe,
+    recipe: str | LinearRecipe,
     *,
     residual: Tensor | None = None,
     quantized: QuantizedWeight | None = None,
@@ -109,7 +110,7 @@ def linear(
     """`torch.nn.functional.linear` with the products of a recipe.
 
     Args:
-        x: [..., n] of a floating type; under autocast it is taken in autocast's type.
+        x: [..., n] of the weight's type; under autocast of any floating type, and it is taken in autocast's.
         weight: [m, n], bias: [m].
         residual: [..., m], added to the output, whose type it then has.
         quantized: the weight, already quantized for this recipe.
@@ -118,11 +119,15 @@ def linear(
         [..., m] of autocast's type, or of x's where autocast is off.
 
     Raises:
-        TypeError: x is not of a real floating type.
-        ValueError: x or the residual has another shape than the layer takes, or the recipe is of 16 bits.
+        TypeError: x is not of a real floating type, or, where autocast is off, not of the weight's.
+        ValueError: unknown recipe, or one of 16 bits; x or the residual has another shape than the layer takes.
     """
+    recipe = get_recipe(recipe)
     if not x.is_floating_point():
         raise TypeError(f"low-precision linear layer: input of {x.dtype}, expected a real floating type")
+    dtype = compute_dtype(x)
+    if dtype != weight.dtype and not autocasts(x):
+        raise TypeError(f"low-precision linear layer: input of {x.dtype}, weight of {weight.dtype}, and no autocast")
     if x.ndim == 0 or recipe.output is None:
         raise ValueError(f"low-precision linear layer: input of shape {tuple(x.shape)}, recipe {recipe.name}")
     if x.shape[-1] != weight.shape[1]:
@@ -139,7 +144,7 @@ def linear(
     if x.ndim == 1:
         residual = None if residual is None else residual[None]
         return linear(x[None], weight, bias, recipe, residual=residual, quantized=w)[0]
-    return _Linear.apply(x, weight, bias, residual, *w, recipe, compute_dtype(x))  # pyright: ignore[reportReturnType]
+    return _Linear.apply(x, weight, bias, residual, *w, recipe, dtype)  # pyright: ignore[reportReturnType]
 
 
 class LowpLinear(nn.Linear):
@@ -166,29 +171,34 @@ class LowpLinear(nn.Linear):
             raise ValueError(f"LowpLinear: recipe {self.recipe.name} is of 16 bits: use nn.Linear")
 
     @staticmethod
-    def from_linear(layer: nn.Linear, recipe: LinearRecipe) -> LowpLinear:
+    def from_linear(layer: nn.Linear, recipe: str | LinearRecipe) -> LowpLinear:
         """The layer itself, turned in place: its parameters, hooks and name stay, as under `fully_shard`."""
         layer.__class__ = LowpLinear
         converted: Any = layer
-        converted.recipe, converted._held, converted._holding = recipe, None, False
+        converted.recipe, converted._held, converted._holding = get_recipe(recipe), None, False
         return converted
 
-    def quantized_weight(self) -> QuantizedWeight:
-        """The weight in low precision: held by `quantized_once`, or quantized now."""
+    def weights(self) -> tuple[Tensor, QuantizedWeight]:
+        """The weight, and the same in low precision: held by `quantized_once`, or quantized now.
+
+        Together, since a parametrized weight is computed each time that it is read, maybe at random.
+        """
+        weight = self.weight
         if self._held is not None:
-            return self._held
-        quantized = quantize_weight(self.weight.detach(), self.recipe)
+            return weight, self._held
+        quantized = quantize_weight(weight.detach(), self.recipe)
         if self._holding:
             self._held = quantized
-        return quantized
+        return weight, quantized
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """[..., in_features] -> [..., out_features], plus `residual` of that shape where given."""
-        return linear(input, self.weight, self.bias, self.recipe, residual=residual, quantized=self.quantized_weight())
+        weight, quantized = self.weights()
+        return linear(input, weight, self.bias, self.recipe, residual=residual, quantized=quantized)
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy's weights go their own way: it does not hold what `quantized_once` holds for this one
-        return self.__dict__ | {"_held": None, "_holding": False}
+        return super().__getstate__() | {"_held": None, "_holding": False}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, recipe={self.recipe.name}"

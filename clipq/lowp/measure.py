@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clipq.kernels import implementation
 from clipq.lowp.convert import convert_linears
 from clipq.lowp.fused import norm_mlp, norm_projections
 from clipq.lowp.linear import LowpLinear
@@ -91,21 +92,34 @@ def block_milliseconds(recipe: str, width: int, hidden: int, tokens: int, **timi
     return milliseconds(training_call(compiled, [*module.parameters()], x), **timing)
 
 
+def computable(device: str) -> list[str]:
+    """The recipes whose types a device multiplies; says which are left out."""
+    found = []
+    for name in MEASURED:
+        try:
+            for dtype in RECIPES[name].dtypes:
+                implementation(device, dtype)
+            found.append(name)
+        except RuntimeError as error:
+            print(f"{name} is left out: {error}")
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="JSON file")
-    parser.add_argument("--recipes", nargs="+", default=MEASURED, choices=MEASURED)
+    parser.add_argument("--recipes", nargs="+", choices=MEASURED, help="default: all that the GPU can compute")
     parser.add_argument("--widths", nargs="+", type=int, default=WIDTHS)
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("there is no CUDA GPU to measure")
-    speeds = []
+    recipes, speeds = options.recipes or computable("cuda"), []
     for width in options.widths:
         for tokens in options.tokens:
             bf16 = block_milliseconds("bf16", width, 4 * width, tokens, rep=50)
             line = [f"width {width}, {tokens:,} tokens: bf16 {bf16:.3f} ms"]
-            for recipe in options.recipes:
+            for recipe in recipes:
                 ratio = bf16 / block_milliseconds(recipe, width, 4 * width, tokens, rep=50)
                 speeds.append(Speed(recipe, width, 4 * width, tokens, round(ratio, 3)))
                 line.append(f"{recipe} ×{ratio:.2f}")

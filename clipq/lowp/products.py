@@ -37,10 +37,12 @@ class QuantizedWeight(NamedTuple):
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The type that a linear layer computes in: autocast's where it is on, else that of its input."""
-    kind = x.device.type
-    if kind == "meta":
-        return x.dtype
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast changes the type of x: it leaves float64 alone, and knows nothing of meta tensors."""
+    return x.device.type != "meta" and x.dtype is not torch.float64 and torch.is_autocast_enabled(x.device.type)
 
 
 def quantize(x_bn: Tensor, operand: Operand) -> Quantized:

@@ -82,6 +82,12 @@ class LinearRecipe:
         for name, product in products.items():
             if product is None:
                 continue
+            types = {operand.dtype for operand in (product.left, product.right)}
+            if not types <= {INT8, E4M3, E5M2}:
+                raise ValueError(
+                    f"recipe {self.name}: {name} multiplies {product.left.dtype} with {product.right.dtype}: expected "
+                    f"operands of {INT8}, {E4M3} or {E5M2}; None is a product of 16 bits"
+                )
             if (product.left.dtype is INT8) != (product.right.dtype is INT8):
                 raise ValueError(
                     f"recipe {self.name}: {name} multiplies {product.left.dtype} with {product.right.dtype}: expected "
@@ -97,6 +103,8 @@ class LinearRecipe:
         Raises:
             ValueError: the recipe is not of fp8, or a type is not fp8.
         """
+        if not self.is_fp8:
+            raise ValueError(f"recipe {self.name} is not of fp8: its types cannot be changed")
         for dtype in (forward, grad):
             if dtype not in (E4M3, E5M2):
                 raise ValueError(f"{dtype}: expected {E4M3} or {E5M2}")
@@ -104,8 +112,6 @@ class LinearRecipe:
         def change(product: Product | None, left: torch.dtype) -> Product | None:
             if product is None:
                 return None
-            if product.left.dtype is INT8:
-                raise ValueError(f"recipe {self.name} is of int8: its types cannot be changed")
             return replace(product, left=replace(product.left, dtype=left), right=replace(product.right, dtype=forward))
 
         return replace(
@@ -185,6 +191,6 @@ def get_recipe(recipe: str | LinearRecipe) -> LinearRecipe:
     """
     if isinstance(recipe, LinearRecipe):
         return recipe
-    if recipe not in RECIPES:
+    if not isinstance(recipe, str) or recipe not in RECIPES:
         raise ValueError(f"recipe {recipe!r}: expected one of {', '.join(RECIPES)}")
     return RECIPES[recipe]

@@ -12,6 +12,10 @@ TABLES = Path(__file__).parent / "tables"
 """Tables that come with clipq, a file for each GPU."""
 
 
+AS_FAST = 0.98
+"""From this ratio on low precision counts as no slower: measurements differ by as much."""
+
+
 @dataclass(frozen=True)
 class Speed:
     """One measurement: forward and backward of the norms, linear layers and activation of a block."""
@@ -50,7 +54,7 @@ class SpeedTable:
     def why_slower(self, recipe: str, width: int, hidden: int, tokens: int) -> str | None:
         """Why a block of this size should stay in 16 bits; None where low precision is as fast or was not measured."""
         speed = self.nearest(recipe, width, hidden, tokens)
-        if speed is None or speed.ratio >= 1:
+        if speed is None or speed.ratio >= AS_FAST:
             return None
         return (
             f"on {self.device} a block of width {speed.width} and {speed.hidden} with {speed.tokens:,} tokens is "

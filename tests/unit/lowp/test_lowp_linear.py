@@ -321,7 +321,7 @@ def test_fp8_formats_are_a_setting() -> None:
     everywhere = get_recipe("fp8").with_formats(forward=e5m2, grad=e5m2)
     assert everywhere.dtypes == {e5m2}
     assert get_recipe("fp8_sim").with_formats(forward=e5m2, grad=e4m3).simulated
-    with pytest.raises(ValueError, match="switchback is of int8"):
+    with pytest.raises(ValueError, match="switchback is not of fp8"):
         get_recipe("switchback").with_formats(forward=e4m3, grad=e5m2)
     with pytest.raises(ValueError, match="int8: expected"):
         get_recipe("fp8").with_formats(forward=torch.int8, grad=e5m2)
