@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from clipq.config.checks import require
-from clipq.config.choices import Device, Loss, Precision, Recipe, Resume, Strategy, Switch
+from clipq.config.choices import Device, GuardPolicy, Loss, Precision, Recipe, Resume, Strategy, Switch
 from clipq.config.data import DataConfig
 from clipq.config.groups import (
     SHARDING,
@@ -93,6 +93,10 @@ class TrainJob:
             self.guard.rise is None or self.backend.precision is not Precision.fp16,
             f"guard.rise={self.guard.rise} with backend.precision=fp16, whose loss scaling decides on each update: use "
             "bf16, or guard.rise=null (losses that are not finite are seen with fp16 too)",
+        )
+        require(
+            self.guard.policy is not GuardPolicy.rewind or self.checkpoint.every > 0 or self.checkpoint.minutes > 0,
+            "guard.policy=rewind with checkpoint.every=0 and checkpoint.minutes=0 has nothing to go back to: set one",
         )
         s = self.schedule
         require(

@@ -51,7 +51,17 @@ class FixedLossScaler:
         self.in_a_row: dict[str, int] = {}
 
     def scale(self, loss: Tensor) -> Tensor:
-        return loss * self._scale
+        """The loss times the scale, in float32 at least.
+
+        Raises:
+            ValueError: a loss in float16, whose gradient, which is the scale, float16 does not hold.
+        """
+        if loss.dtype is torch.float16 and self._scale > torch.finfo(torch.float16).max:
+            raise ValueError(
+                f"a loss in float16, whose gradient would be the scale of {self._scale:g}, infinite there: compute the "
+                "loss in float32"
+            )
+        return loss.to(torch.promote_types(loss.dtype, torch.float32)) * self._scale
 
     def get_scale(self) -> float:
         return self._scale
@@ -81,7 +91,7 @@ class FixedLossScaler:
         if not self._removed:  # the first since the last update
             self.left_out = []
         self._removed[id(optimizer)] = removed
-        names = [self._names.get(p, "a parameter without a name") for p in removed]
+        names = [self._names.setdefault(p, f"parameter {len(self._names)}, which has no name") for p in removed]
         self.left_out = self.left_out + names
         self.skipped.update(names)
         self.in_a_row = {name: self._before.get(name, 0) + 1 for name in self.left_out}
@@ -103,6 +113,12 @@ class FixedLossScaler:
         result = optimizer.step()
         self._put_back(self._removed[id(optimizer)])
         return result
+
+    def forgive(self) -> None:
+        """Takes back what was counted in this step, whose gradients say nothing: its loss was bad itself."""
+        self.skipped.subtract(self.left_out)
+        self.skipped += Counter()  # without those that are 0
+        self.left_out, self.in_a_row = [], self._before
 
     def update(self) -> None:
         """Ends a step."""

@@ -44,7 +44,7 @@ class StableAdamW(Optimizer):
         beta2_power: λ of the schedule β2 = 1 - t^(-λ) in place of a constant β2; None for none.
         foreach: torch's operators over lists of tensors.
         fused: two Triton kernels for all tensors; needs CUDA. If neither is given: `fused` where every parameter can
-            be, else `foreach` on CUDA, else tensor by tensor.
+            be, else `foreach`; `foreach=False` goes tensor by tensor.
         capturable: keep the steps on the parameters' device, so that a step can be recorded as a CUDA graph; `fused`
             always does.
     """
@@ -128,6 +128,20 @@ class StableAdamW(Optimizer):
             ValueError: it is of another optimizer, of an AdamW with `amsgrad` or `maximize`, or does not fit the
                 parameters.
         """
+        taken: dict[Tensor, dict[str, Tensor]] = {}
+        # the last of the hooks before sees what the others made of the state; of those after, the first is ours
+        handles = (
+            self.register_load_state_dict_pre_hook(lambda _, state: taken.update(self._fitting(state))),
+            self.register_load_state_dict_post_hook(lambda _: self._take(taken), prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _fitting(self, state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Tensor]]:
+        """State by parameter, as far as a state dict has one, before anything is changed."""
         for group in state_dict["param_groups"]:
             for name in ("amsgrad", "maximize"):
                 if group.get(name):
@@ -140,23 +154,26 @@ class StableAdamW(Optimizer):
                 raise ValueError(
                     f"StableAdamW: the state is of another optimizer: it has no {', '.join(sorted(missing))}"
                 )
-        hooked: dict[str, Any] = {}
-        # the last of the hooks sees what the others made of it
-        handle = self.register_load_state_dict_pre_hook(lambda _, state: hooked.update(state))
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-        state_dict = hooked
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         own = [p for group in self.param_groups for p in group["params"]]
+        if len(saved) != len(own):
+            return {}  # torch says so
+        found = {p: state_dict["state"][i] for i, p in zip(saved, own, strict=True) if i in state_dict["state"]}
+        for p, state in found.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                if state[name].shape != p.shape:
+                    raise ValueError(
+                        f"StableAdamW: the state does not fit: {name} of shape {tuple(state[name].shape)} for a "
+                        f"parameter of shape {tuple(p.shape)}"
+                    )
+        return found
+
+    def _take(self, taken: dict[Tensor, dict[str, Tensor]]) -> None:
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-        for index, p in zip(saved, own, strict=True):
-            if index not in state_dict["state"]:
-                continue
-            values, state = state_dict["state"][index], self.state[p]
+        for p, values in taken.items():
+            state = self.state[p]
             state["step"] = self._new_step(p, values["step"])
             for name in ("exp_avg", "exp_avg_sq"):  # torch casts them to the parameter's type, which may be bf16
                 state[name] = torch.zeros_like(p, dtype=_moment_type(p)).copy_(values[name])
@@ -201,6 +218,8 @@ class StableAdamW(Optimizer):
                 state = self.state[p]
                 if not state:
                     state.update(self._new_state(p))
+                elif self._path == "fused":
+                    _lay_out(state, p)
                 params.append(p)
                 states.append(state)
                 groups.append(number)
@@ -228,14 +247,21 @@ class StableAdamW(Optimizer):
         return {"step": self._new_step(p), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
 
 
+def _lay_out(state: dict[str, Tensor], p: Tensor) -> None:
+    """Lays moments out as the parameter is, which may have changed since they were made: to channels_last, say."""
+    if local(state["exp_avg"]).stride() != local(p).stride():
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = torch.empty_like(p, dtype=_moment_type(p)).copy_(state[name])
+
+
 def _moment_type(p: Tensor) -> torch.dtype:
     return torch.float64 if p.dtype is torch.float64 else torch.float32
 
 
 def _hyper(group: dict[str, Any]) -> Hyper:
-    beta1, beta2 = group["betas"]
+    lr, (beta1, beta2) = group["lr"], group["betas"]
     return Hyper(
-        lr=group["lr"],
+        lr=lr.reshape(()) if isinstance(lr, Tensor) else lr,
         beta1=float(beta1),
         beta2=float(beta2),
         beta2_power=group["beta2_power"],
@@ -273,7 +299,7 @@ def _path(params: list[Tensor], use_foreach: bool | None, use_fused: bool | None
             f"{bad.stride()}: keep it in an optimizer of its own, or give foreach=True if that is as it should be",
             stacklevel=3,
         )
-    return "foreach" if use_foreach or (use_foreach is None and on_cuda and not capturable) else "reference"
+    return "foreach" if use_foreach or (use_foreach is None and not capturable) else "reference"
 
 
 def _fusable(p: Tensor) -> bool:
@@ -296,7 +322,11 @@ def _check(group: dict[str, Any]) -> None:
     """Raises ValueError for a setting that makes no sense, and for complex parameters."""
     if any(p.is_complex() for p in group["params"]):
         raise ValueError("StableAdamW: a parameter is complex, which is not supported: use torch.optim.AdamW for it")
+    if not (isinstance(group["betas"], tuple | list) and len(group["betas"]) == 2):
+        raise ValueError(f"StableAdamW: betas={group['betas']}: expected two decays in [0, 1)")
     lr, (beta1, beta2) = group["lr"], group["betas"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"StableAdamW: lr of shape {tuple(lr.shape)}: expected one rate")
     expected = {
         # one on a GPU is not waited for
         "lr": ((isinstance(lr, Tensor) and lr.device.type != "cpu") or 0 <= lr < math.inf, "a finite rate, 0 or more"),

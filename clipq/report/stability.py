@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.lines import Line2D
 
-PATCH_EMBEDDING = "visual.conv1.weight"
+PATCH_EMBEDDING, PATCH_EMBEDDING_OF_TIMM = "visual.conv1.weight", "visual.trunk.patch_embed.proj.weight"
 CURVES = 5
 """Parameters whose RMS_t is drawn."""
 TOLD = 5
@@ -117,8 +117,9 @@ def analyse(run: Run) -> Stability:
 def drawn(run: Run, found: Stability) -> list[str]:
     """The parameters whose RMS_t is drawn: the patch embedding, and those that rose highest where steps count."""
     highest = {name: _highest(run, found, values) for name, values in run.rms.items() if np.isfinite(values).any()}
-    others = sorted((n for n in highest if n != PATCH_EMBEDDING), key=lambda n: -highest[n])
-    return ([PATCH_EMBEDDING] if PATCH_EMBEDDING in highest else []) + others[: CURVES - (PATCH_EMBEDDING in highest)]
+    first = [n for n in (PATCH_EMBEDDING, PATCH_EMBEDDING_OF_TIMM) if n in highest]
+    others = sorted((n for n in highest if n not in first), key=lambda n: -highest[n])
+    return first + others[: CURVES - len(first)]
 
 
 def _highest(run: Run, found: Stability, values: np.ndarray) -> float:

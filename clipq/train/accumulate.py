@@ -17,10 +17,10 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from clipq.lowp import quantized_once
+from clipq.train.guard import Statistics
 from clipq.train.run import Run, numbers_of
 
 
@@ -106,11 +106,10 @@ def unsynchronized(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _kept_statistics(model: nn.Module) -> Iterator[None]:
     """Batch norms come out with the running statistics that they came in with: the second forward counts."""
-    buffers = [b for m in model.modules() if isinstance(m, _BatchNorm) for b in m.buffers(recurse=False)]
-    before = [b.clone() for b in buffers]
+    statistics = Statistics(model)
+    statistics.keep()
     yield
-    for buffer, value in zip(buffers, before, strict=True):
-        buffer.copy_(value)
+    statistics.put_back()
 
 
 def _generators(device: torch.device) -> list[Tensor]:

@@ -24,7 +24,7 @@ from clipq.watch.spikes import row_of
 log = logging.getLogger(__name__)
 
 MAX_OVERFLOWS = 100
-"""Steps in a row that may leave a parameter out, under a fixed loss scale."""
+"""Steps in a row that may leave a parameter out, under a fixed loss scale, or all of them, under a dynamic one."""
 
 
 def flush(run: Run, meter: Meter, *, show: bool) -> bool:
@@ -49,7 +49,11 @@ def flush(run: Run, meter: Meter, *, show: bool) -> bool:
             numbers[:, columns] = part
     watched = [p for p in pending if p.watched is not None]
     if watched:
-        for p, values in zip(watched, torch.stack([p.watched for p in watched]).tolist(), strict=True):  # pyright: ignore
+        shown = torch.stack([p.watched for p in watched])  # pyright: ignore[reportArgumentType, reportCallIssue]
+        if run.env.is_distributed:  # magnitudes are of a rank's own pairs: their mean, and NaN where one has it
+            dist.all_reduce(shown)
+            shown /= run.env.world_size
+        for p, values in zip(watched, shown.tolist(), strict=True):
             p.row |= run.watch.row(values)
     events: list[Row] = []
     bad: list[Row] = []
@@ -65,10 +69,13 @@ def flush(run: Run, meter: Meter, *, show: bool) -> bool:
         run.filtered.add(filtered, run.batch_size)
         named: dict[str, float] = dict(zip(COLUMNS, values, strict=True))
         p.row |= {name: named[name] for name in ("loss", "logit_scale", "max_logit", "grad_norm")}
-        events += [row_of(e) for e in run.state.spikes.update(p.row["step"], named["loss"], p.row.get("rms", {}))]
         run.refused = bool(named["bad"])
-        if run.refused:
+        if run.refused:  # nothing is learned of a loss that is not trained on
             bad.append(bad_step(run, p, named))
+            continue
+        events += [row_of(e) for e in run.state.spikes.update(p.row["step"], named["loss"], p.row.get("rms", {}))]
+        if (overflow := overflowed(run, p, named["grad_norm"])) is not None:
+            events.append(overflow)
     if show:
         speed = meter.interval()
         pending[-1].row |= speed | run.stragglers.look(run.env, speed["data_wait"] or 0.0)
@@ -88,13 +95,30 @@ def flush(run: Run, meter: Meter, *, show: bool) -> bool:
     return again
 
 
+def overflowed(run: Run, pending: Pending, norm: float) -> Row | None:
+    """The event of a step that a dynamic loss scale left out, and counts those in a row."""
+    scaler = run.state.scaler
+    if not isinstance(scaler, torch.amp.GradScaler) or not scaler.is_enabled() or math.isfinite(norm):
+        run.overflows = 0
+        return None
+    run.overflows += 1
+    names = [n for n, finite in zip(run.guard.names, pending.norms.isfinite().tolist(), strict=True) if not finite]
+    return {"kind": "event", "step": pending.row["step"], "event": "gradient overflow", "parameters": names}
+
+
 def require_trained(run: Run) -> None:
-    """Checks that a fixed loss scale does not leave the same parameter out of step after step.
+    """Checks that a loss scale does not leave steps, or the same parameter, out step after step.
 
     Raises:
         DivergedError: it does.
     """
     scaler = run.state.scaler
+    if run.overflows >= MAX_OVERFLOWS:
+        raise diverged(
+            run,
+            f"gradients were not finite in each of the last {run.overflows} steps, to step {run.state.step}, whatever "
+            "the loss scale: nothing is trained",
+        )
     if not isinstance(scaler, FixedLossScaler) or not scaler.in_a_row:
         return
     name, steps = max(scaler.in_a_row.items(), key=lambda item: item[1])
@@ -114,6 +138,8 @@ def describe(event: Row) -> str:
         return f"loss spike: {event['loss']:.3f}, running mean {event['mean']:.3f}{before}"
     if event["event"] == "rms event":
         return f"RMS_t of {event['parameter']} is {event['rms']:.1f}: its second moment is out of date"
+    if event["event"] == "gradient overflow":
+        return f"gradients of {len(event['parameters'])} parameters overflow at this loss scale: no update was made"
     first = f", first in {event['tensor']}" if event["tensor"] else ""
     return f"{event['reason']}{first}: no update was made; its samples are in {event['keys']}"
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from clipq.config.choices import GuardPolicy
@@ -35,6 +36,27 @@ def clip_gradients(params: Sequence[nn.Parameter], limit: float, norm: Tensor) -
     grads = [local_grad(p) for p in params if p.grad is not None]
     if grads:  # a fixed loss scale may have put all of them aside
         torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1.0))  # pyright: ignore[reportPrivateImportUsage]
+
+
+class Statistics:
+    """Running statistics of batch norms, which a forward changes: of a step that is refused they are not to stay."""
+
+    def __init__(self, model: nn.Module) -> None:
+        norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+        self.buffers = [b for m in norms for b in m.buffers(recurse=False)]
+        self._before: list[Tensor] = []
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Takes a copy of them as they are."""
+        self._before = [b.clone() for b in self.buffers]
+
+    @torch.no_grad()
+    def put_back(self, bad: Tensor | bool = True) -> None:
+        """Puts the copy back; given a bool [] on the device, where it is true, without waiting."""
+        for buffer, before in zip(self.buffers, self._before, strict=True):
+            buffer.copy_(before if bad is True else torch.where(torch.as_tensor(bad), before, buffer))
+        self._before = []
 
 
 class Guard:
@@ -75,6 +97,8 @@ class Guard:
         if self._scaling:  # the scaler has a `found_inf` of its own to tell the optimizer
             if not bad.item():
                 scaler.step(optimizer)
+            elif isinstance(scaler, FixedLossScaler):
+                scaler.forgive()
         elif getattr(optimizer, "_step_supports_amp_scaling", False):
             # what torch.amp.GradScaler tells an optimizer whose kernels can leave a step out
             optimizer.grad_scale, optimizer.found_inf = None, bad.float()  # pyright: ignore[reportAttributeAccessIssue]

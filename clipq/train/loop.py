@@ -153,6 +153,7 @@ def train_step(run: Run, batch: dict[str, Any], lr: float) -> Pending:
         # FSDP has no such buckets, and torch does not zero shards and whole tensors in one call.
         state.optimizer.zero_grad(set_to_none=run.accumulation == 1 or run.sharded is not None)
     run.watch.before_forward(step)
+    run.statistics.keep()
     compute = functools.partial(forward_backward, run) if run.graph is None else run.graph
     numbers = compute(batch["image"], batch["text"]).clone()  # a recorded step writes the next ones to the same place
     if run.env.is_distributed:
@@ -173,6 +174,7 @@ def train_step(run: Run, batch: dict[str, Any], lr: float) -> Pending:
     if watching:
         run.watch.before_update()
     run.guard.update(state.optimizer, state.scaler, bad)
+    run.statistics.put_back(bad)
     watched = run.watch.after_update(bad | ~norm.isfinite()) if watching else None
     state.scaler.update()
     if isinstance(state.scaler, FixedLossScaler) and state.scaler.left_out and not bad.item():
@@ -215,7 +217,8 @@ def require_finite_weights(run: Run) -> None:
     Raises:
         DivergedError: on every rank, if a weight of any of them is NaN or infinite.
     """
-    finite = torch.stack([local(p).isfinite().all() for p in run.state.model.parameters()]).all().int()
+    held = [*map(local, run.state.model.parameters()), *run.statistics.buffers]
+    finite = torch.stack([t.isfinite().all() for t in held]).all().int()
     if run.env.is_distributed:
         dist.all_reduce(finite, dist.ReduceOp.MIN)
     if not finite.item():

@@ -23,7 +23,7 @@ from clipq.log.writers import Row, Writer
 from clipq.loss.contrastive import contrastive_loss
 from clipq.train.checkpoint import Checkpoints
 from clipq.train.graph import Graphed
-from clipq.train.guard import Guard
+from clipq.train.guard import Guard, Statistics
 from clipq.train.schedule import Schedule
 from clipq.train.state import TrainState
 from clipq.train.straggler import Stragglers
@@ -144,14 +144,18 @@ class Run:
     quantization_every: int = 0
     refused: bool = False
     """Whether the guard refused the last step that was read."""
+    overflows: int = 0
+    """Steps in a row, the last that was read among them, that a dynamic loss scale left out."""
     stop: Stop = field(default_factory=Stop)
     progress: Progress = field(default_factory=Progress)
     stragglers: Stragglers = field(default_factory=Stragglers)
     filtered: Filtered = field(init=False)
+    statistics: Statistics = field(init=False)
     pending: list[Pending] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.filtered = Filtered(self.state.step)
+        self.statistics = Statistics(self.state.model)
 
     def forward(self, model: nn.Module, image_BCHW: Tensor, text_BL: Tensor) -> list[Tensor]:
         """What the loss takes: features of images and texts, logit scale and, if the model has one, logit bias.

@@ -19,6 +19,16 @@ SHARE = 8
 """One of so many samples of a batch counts for the magnitudes of features."""
 
 
+def residual_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Residual blocks by name, image tower first: clipq's, and those of a timm ViT, which has its own."""
+    own: dict[str, nn.Module] = dict(blocks(model))
+    trunk = getattr(getattr(model, "visual", None), "trunk", None)
+    inner = getattr(trunk, "blocks", None)
+    if isinstance(inner, nn.Sequential | nn.ModuleList):
+        own = {f"visual.trunk.blocks.{name}": block for name, block in inner.named_children()} | own
+    return own
+
+
 class FeatureWatch:
     """Mean |x| of the output of every residual block, over the first eighth of the batch, in the training forward; with
     accumulation, over the first eighth of each micro-batch.
@@ -28,7 +38,7 @@ class FeatureWatch:
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
-        found = dict(blocks(model))
+        found = residual_blocks(model)
         self.names = list(found)
         self.active = False
         self.micro_batch = 0
@@ -40,7 +50,7 @@ class FeatureWatch:
     def _hook(self, place: int) -> Any:
         @torch.no_grad()
         def hook(block: nn.Module, inputs: Any, output: Tensor) -> None:
-            if self.active and block.training:
+            if self.active and block.training and isinstance(output, Tensor):
                 some = output.detach()[: max(1, output.shape[0] // SHARE)]
                 mean = torch.linalg.vector_norm(some, 1, dtype=torch.float32) / some.numel()
                 if self.micro_batch:

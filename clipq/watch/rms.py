@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from clipq.kernels.stable_adamw.reference import least
-from clipq.model.surgery import blocks
 from clipq.optim.shards import local, local_grad, reducer
 from clipq.optim.stable_adamw import StableAdamW
 
@@ -42,15 +41,31 @@ def choose(model: nn.Module, patterns: list[str]) -> dict[str, nn.Parameter]:
     return {n: p for n, p in named.items() if n in chosen}
 
 
+EMBEDDINGS = ("token_embedding.weight", "positional_embedding", "pos_embed", "word_embeddings.weight")
+"""Ends of the names of embeddings: OpenCLIP's own, timm's and Hugging Face's."""
+FED_BY_NORM = ("attn.in_proj.weight", "attn.qkv.weight", "mlp.c_fc.weight", "mlp.fc1.weight")
+"""Likewise of matrices in a block: of clipq's, and of timm's ViTs."""
+
+
+def patch_embedding(model: nn.Module) -> str | None:
+    """Name of the weight that reads the pixels: the first convolution of the image tower; None if it has none."""
+    convolutions = (n for n, m in model.named_modules() if n.startswith("visual.") and isinstance(m, nn.Conv2d))
+    first = next(convolutions, None)
+    return None if first is None else f"{first}.weight"
+
+
 def _default(model: nn.Module) -> set[str]:
-    found = ["visual.conv1.weight", "logit_scale"]
-    found += [n for n, _ in model.named_parameters() if n.endswith(("token_embedding.weight", "positional_embedding"))]
+    found = {"logit_scale", patch_embedding(model) or ""}
     towers: dict[str, list[str]] = {}
-    for name, _ in blocks(model):
-        towers.setdefault(name.rpartition(".")[0], []).append(name)
-    for names in towers.values():
-        found += [f"{block}.{w}.weight" for block in (names[0], names[-1]) for w in ("attn.in_proj", "mlp.c_fc")]
-    return set(found)
+    for name, _ in model.named_parameters():
+        if name.endswith(EMBEDDINGS):
+            found.add(name)
+        if name.endswith(FED_BY_NORM):
+            block = next(name.removesuffix(f".{end}") for end in FED_BY_NORM if name.endswith(end))
+            towers.setdefault(block.rpartition(".")[0], []).append(name)
+    for names in towers.values():  # two of each block, in the order of blocks
+        found |= {*names[:2], *names[-2:]}
+    return found
 
 
 class RmsWatch:

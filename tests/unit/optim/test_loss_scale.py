@@ -67,7 +67,7 @@ def test_missing_and_empty_gradients() -> None:
     params[1].grad, params[2].grad = torch.ones(0), torch.tensor([2.0, math.nan, 2.0])
     scaler.step(optimizer)
     assert torch.equal(params[2], torch.ones(3))
-    assert scaler.left_out == ["a parameter without a name"]
+    assert scaler.left_out == ["parameter 0, which has no name"]
     with pytest.raises(RuntimeError, match="called already"):
         scaler.unscale_(optimizer)
     scaler.update()
@@ -138,3 +138,40 @@ def test_gradients_may_be_dropped_before_update() -> None:
         optimizer.zero_grad()
         scaler.update()
         assert net[0].weight.grad is None
+
+
+def test_a_loss_in_float16() -> None:
+    """Its gradient is the scale, and 65536 is more than float16 holds: nothing would ever be trained."""
+    net = torch.nn.Linear(4, 4)
+    loss = (net(torch.ones(2, 4)) - 1).abs().mean().half()
+    with pytest.raises(ValueError, match=r"a loss in float16, .*: compute the loss in float32"):
+        FixedLossScaler(net.named_parameters()).scale(loss)
+    scaler = FixedLossScaler(net.named_parameters(), 32768.0)
+    scaler.scale(loss).backward()
+    scaler.unscale_(torch.optim.SGD(net.parameters(), lr=0.1))
+    assert scaler.left_out == []
+
+
+def test_what_has_no_name_is_counted_one_by_one() -> None:
+    params = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))]
+    optimizer, scaler = torch.optim.SGD(params, lr=1.0), FixedLossScaler([])
+    for step in range(4):
+        for n, p in enumerate(params):
+            p.grad = torch.full((2,), math.nan if n == step % 2 else 1.0)
+        scaler.step(optimizer)
+        assert list(scaler.in_a_row.values()) == [1]
+        scaler.update()
+
+
+def test_a_step_whose_loss_was_bad_does_not_count() -> None:
+    p = nn.Parameter(torch.ones(2))
+    optimizer, scaler = torch.optim.SGD([p], lr=1.0), FixedLossScaler([("p", p)])
+    for forgiven in (False, True, False):
+        p.grad = torch.full((2,), math.nan)
+        scaler.unscale_(optimizer)
+        if forgiven:
+            scaler.forgive()
+            assert scaler.left_out == []
+        scaler.update()
+    assert scaler.skipped == {"p": 2}
+    assert scaler.in_a_row == {"p": 2}

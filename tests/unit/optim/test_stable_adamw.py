@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from clipq.kernels.stable_adamw import reference
+from clipq.optim import stable_adamw
 from clipq.optim.stable_adamw import StableAdamW
 from tests.unit.optim.stepping import SHAPES, SHOCK, assert_equal, each_path, gradients, parameters, run
 
@@ -255,6 +257,9 @@ def test_a_group_added_later() -> None:
         ({"lr": math.nan}, "lr=nan"),
         ({"betas": (1.0, 0.9)}, "betas="),
         ({"betas": (0.9, -0.1)}, "betas="),
+        ({"betas": 0.9}, r"betas=0\.9: expected two decays"),
+        ({"betas": (0.9,)}, r"betas=\(0\.9,\): expected two decays"),
+        ({"lr": torch.ones(2)}, r"lr of shape \(2,\): expected one rate"),
         ({"eps": 0.0}, "eps=0.0"),
         ({"weight_decay": math.inf}, "weight_decay=inf"),
         ({"clip_threshold": 0.0}, "clip_threshold=0.0"),
@@ -301,3 +306,35 @@ def test_rms_is_kept_by_who_read_it() -> None:
     optimizer.step()
     assert first.item() == before
     assert optimizer.rms[p] > 1.3
+
+
+@each_path
+def test_a_rate_with_a_dimension_and_a_scalar(path) -> None:
+    params = [nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.ones(3))]
+    optimizer = StableAdamW(params, lr=torch.tensor([1e-2]), **path)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert params[0].item() == pytest.approx(2 - 1e-2, rel=1e-4)
+    assert params[0].shape == ()
+
+
+def test_the_plain_loop_is_asked_for() -> None:
+    params = [nn.Parameter(torch.ones(3))]
+    assert (StableAdamW(params)._path, StableAdamW(params, foreach=False)._path) == ("foreach", "reference")
+
+
+def test_moments_follow_the_layout_of_their_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels go through memory in its order, whatever the parameter's."""
+    ours, theirs = parameters(torch.float32, [(4, 3, 3, 3)]), parameters(torch.float32, [(4, 3, 3, 3)])
+    first, second = StableAdamW(ours, lr=1e-2), StableAdamW(theirs, lr=1e-2)
+    run(first, ours, 2)
+    run(second, theirs, 2)
+    ours[0].data = ours[0].data.to(memory_format=torch.channels_last)
+    monkeypatch.setattr(stable_adamw, "_implementation", lambda _: reference)
+    first._path = "fused"
+    run(first, ours, 2, first=3)
+    state = first.state[ours[0]]
+    assert state["exp_avg"].stride() == state["exp_avg_sq"].stride() == ours[0].stride() != theirs[0].stride()
+    run(second, theirs, 2, first=3)
+    assert_equal(ours, theirs, 1e-7)

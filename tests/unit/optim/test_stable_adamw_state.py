@@ -108,3 +108,42 @@ def test_state_of_another_optimizer_is_refused(make, says) -> None:
     with pytest.raises(ValueError, match=says):
         own.load_state_dict(other.state_dict())
     assert all(torch.equal(own.state[p][name], value) for name, value in before.items())
+
+
+def test_hooks_after_loading_have_the_last_word() -> None:
+    params = parameters(torch.float32, [(3,)])
+    first, second = StableAdamW(params), StableAdamW(params)
+    run(first, params, 2)
+    second.register_load_state_dict_post_hook(lambda o: o.state[params[0]]["exp_avg_sq"].fill_(7))
+    second.load_state_dict(first.state_dict())
+    assert second.state[params[0]]["exp_avg_sq"].tolist() == [7] * 3
+
+
+def test_hooks_may_make_a_state_fit() -> None:
+    params = parameters(torch.float32, [(3,)])
+    first, second = StableAdamW(params), StableAdamW(params)
+    run(first, params, 2)
+    foreign = first.state_dict()
+    foreign["state"] = {i: {"m" if k == "exp_avg" else k: v for k, v in s.items()} for i, s in foreign["state"].items()}
+
+    def rename(_: object, state: dict[str, Any]) -> dict[str, Any]:
+        renamed = {i: {"exp_avg" if k == "m" else k: v for k, v in s.items()} for i, s in state["state"].items()}
+        return {**state, "state": renamed}
+
+    second.register_load_state_dict_pre_hook(rename)
+    second.load_state_dict(foreign)
+    assert torch.equal(second.state[params[0]]["exp_avg"], first.state[params[0]]["exp_avg"])
+
+
+@pytest.mark.parametrize(("saved", "own"), [((), (10, 10)), ((3, 4), (5, 3, 4)), ((3,), (4,)), ((2, 6), (3, 4))])
+def test_state_of_other_shapes_changes_nothing(saved: tuple[int, ...], own: tuple[int, ...]) -> None:
+    theirs, ours = parameters(torch.float32, [saved]), parameters(torch.float32, [own])
+    first, second = StableAdamW(theirs, lr=1e-3), StableAdamW(ours, lr=1e-2)
+    run(first, theirs, 1)
+    run(second, ours, 1)
+    before = copy.deepcopy(second.state_dict())
+    with pytest.raises(ValueError, match="the state does not fit: exp_avg of shape"):
+        second.load_state_dict(first.state_dict())
+    after = second.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    assert torch.equal(after["state"][0]["exp_avg"], before["state"][0]["exp_avg"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from clipq.model.clip import create_model
 from clipq.optim import StableAdamW
+from clipq.watch.instruments import FeatureWatch
 from clipq.watch.rms import RmsWatch, choose
 
 SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-6}
@@ -71,3 +73,18 @@ def test_parameters_without_a_gradient(make) -> None:
     values = watch()
     assert values[0].isnan()
     assert values[1] == pytest.approx(1, abs=1e-5)
+
+
+def test_default_choice_in_a_tower_of_timm(tmp_path: Path) -> None:
+    vision = {"timm_model_name": "vit_tiny_patch16_224", "image_size": 32, "timm_pool": "", "timm_proj": "linear"}
+    text = {"context_length": 8, "vocab_size": 100, "width": 32, "heads": 2, "layers": 1}
+    (tmp_path / "timm.json").write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}))
+    model = create_model(str(tmp_path / "timm.json")).model
+    found = {n.removeprefix("visual.trunk.") for n in choose(model, ["default"]) if n.startswith("visual.")}
+    layers = {f"blocks.{i}.{w}.weight" for i in (0, 11) for w in ("attn.qkv", "mlp.fc1")}
+    assert found == {"patch_embed.proj.weight", "pos_embed"} | layers
+    features = FeatureWatch(model, torch.device("cpu"))
+    assert features.names[:12] == [f"visual.trunk.blocks.{i}" for i in range(12)]
+    features.active = True
+    model(torch.randn(2, 3, 32, 32), torch.ones(2, 8, dtype=torch.int64))
+    assert features.values().isfinite().all()
