@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from open_clip.transform import image_transform
-from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from clipq.build_backend import (
     AUTOCAST,
@@ -22,27 +20,21 @@ from clipq.build_backend import (
     warn_of_launches,
     warn_of_slow_bf16,
 )
-from clipq.build_data import build_captions, build_stream, find_sources, interpolation, loader_processes, train_batches
+from clipq.build_data import build_stream, find_sources, loader_processes, train_batches
+from clipq.build_eval import build_encoder, build_evaluators
 from clipq.build_parallel import parallelize
 from clipq.build_watch import build_guard, build_watch
 from clipq.config.checks import ConfigError
-from clipq.config.choices import Loss, Optimizer, Precision, TaskKind, Wandb
-from clipq.config.groups import BackendConfig, EvalConfig, ModelConfig, OptimConfig, TaskConfig
+from clipq.config.choices import Loss, Optimizer, Precision, Wandb
+from clipq.config.groups import BackendConfig, ModelConfig, OptimConfig
 from clipq.config.hydra import configs_dir
 from clipq.config.schema import TrainJob
-from clipq.data.evalset import EvalShards, ImageFolder
-from clipq.data.loader import default_workers
 from clipq.data.order import usual_lanes
 from clipq.data.remote import RemoteError
-from clipq.data.shards import expand, names_digest
+from clipq.data.shards import names_digest
 from clipq.dist.env import DistEnv
 from clipq.dist.gather import gather_objects, raised_on_every_rank
-from clipq.dist.shard import Sharded
 from clipq.dist.stop import Stop
-from clipq.eval.common import Encoder, Evaluator
-from clipq.eval.prompts import read_classnames, read_templates, subset_indices
-from clipq.eval.retrieval import Retrieval
-from clipq.eval.zero_shot import ZeroShot
 from clipq.log.console import Console
 from clipq.log.meters import flops_per_pair
 from clipq.log.writers import JsonlWriter, TensorBoardWriter, WandbWriter, Writer
@@ -119,75 +111,6 @@ def build_scaler(model: nn.Module, config: BackendConfig, env: DistEnv) -> torch
 def build_schedule(job: TrainJob) -> Schedule:
     s = job.schedule
     return Schedule(s.decay.value, job.optim.lr, job.steps, s.warmup, s.cooldown, s.final_lr)
-
-
-def build_encoder(
-    clip: ClipModel,
-    backend: BackendConfig,
-    config: EvalConfig,
-    env: DistEnv,
-    console: Console,
-    stop: Stop | None = None,
-    sharded: Sharded | None = None,
-) -> Encoder:
-    preprocess = clip.preprocess
-    transform = image_transform(
-        preprocess.size,
-        is_train=False,
-        mean=preprocess.mean,
-        std=preprocess.std,
-        interpolation=interpolation(preprocess),
-        resize_mode=preprocess.resize_mode,  # pyright: ignore[reportArgumentType]
-        fill_color=preprocess.fill_color,
-    )
-    return Encoder(
-        model=clip.model,
-        tokenizer=clip.tokenizer,
-        transform=cast(Callable[[Image.Image], Tensor], transform),
-        mean=preprocess.mean,
-        std=preprocess.std,
-        env=env,
-        autocast=AUTOCAST[backend.precision],
-        batch_size=config.batch_size,
-        workers=default_workers(env.local_world_size) if config.workers is None else config.workers,
-        status=console.status,
-        whole=nullcontext if sharded is None else sharded.whole,
-        stop=stop or Stop(),
-    )
-
-
-def build_evaluators(config: EvalConfig) -> list[Evaluator]:
-    """The evaluators of the tasks, each of which has looked at its data."""
-    evaluators = [_evaluator(name, task, config.examples) for name, task in config.tasks.items()]
-    for evaluator in evaluators:
-        evaluator.check()
-    return evaluators
-
-
-def _evaluator(name: str, task: TaskConfig, examples: int) -> Evaluator:
-    if task.kind is TaskKind.retrieval:
-        source = EvalShards(expand(task.shards), build_captions(task.caption).all, task.image)
-        return Retrieval(name, source, examples)
-    assert task.classnames is not None  # the schema refuses such a task
-    assert task.templates is not None
-    classnames = read_classnames(task.classnames)
-    if task.folder is not None:
-        source = ImageFolder(task.folder)
-        if len(source.classes()) != len(classnames):
-            raise ConfigError(
-                f"eval.tasks.{name}: {task.folder} has {len(source.classes())} sub-folders, but {task.classnames} "
-                f"names {len(classnames)} classes: class n is the n-th sub-folder"
-            )
-    else:
-        source = EvalShards(expand(task.shards), image=task.image)
-    return ZeroShot(
-        name,
-        source,
-        classnames,
-        read_templates(task.templates),
-        {subset: subset_indices(file, classnames) for subset, file in task.subsets.items()},
-        examples,
-    )
 
 
 def build_writers(job: TrainJob, folder: Path, env: DistEnv, *, step: int, config: dict[str, Any]) -> Sequence[Writer]:

@@ -155,6 +155,7 @@ def build_stream(
     seed: int,
 ) -> TrainStream:
     """Training batches of this rank from the start on; `batch_size` counts the pairs of all ranks."""
+    warn_of_parts(sources, lanes)
     augment, preprocess = config.augment, clip.preprocess
     transform = TrainTransform(
         size=preprocess.size,
@@ -177,6 +178,22 @@ def build_stream(
         rank=env.rank,
         world_size=env.world_size,
     )
+
+
+MANY_PARTS = 4
+"""Lanes of one shard, from which on reading it for each of them is worth a word."""
+
+
+def warn_of_parts(sources: list[Source], lanes: int) -> None:
+    """Says which sources have few shards for so many lanes: each lane reads all of a shard for its part of it."""
+    for source in sources:
+        parts = -(-lanes // len(source.shards))
+        if source.tables is None and parts > MANY_PARTS:
+            log.warning(
+                "%s: %d lanes read %d shards, so that each shard is read %d times in a pass: pack them into %d or more "
+                "(clipq-data make)",
+                *(source.setting, lanes, len(source.shards), parts, lanes),
+            )
 
 
 def loader_processes(config: DataConfig, lanes: int, env: DistEnv) -> int:

@@ -88,6 +88,11 @@ class Handler(BaseHTTPRequestHandler):
                     self.wfile.flush()
                     time.sleep(0.02)
             return
+        if kind == "creep":  # a little further with each connection
+            self.wfile.write(data[:2])
+            self.wfile.flush()
+            self.connection.close()
+            return
         breaks = {"reset": (1, 2), "whole": (1,), "changes": (1,), "later": (1,)}
         if number in breaks.get(kind, ()) or kind == "always-reset":
             self.wfile.write(data[:half])

@@ -11,6 +11,7 @@ LAYERS = [
     *(
         "cli",
         "build",
+        "build_eval",
         "build_parallel",
         "build_backend",
         "build_data",

@@ -241,11 +241,16 @@ def _make(arguments: argparse.Namespace, console: Console) -> int:
     if not samples:
         return _fail(console, f"none of {len(source):,} samples could be read: see the lines before", 1)
     damaged = len(source.damage) if isinstance(source, Shards) else 0
+    left_out = len(source) - samples
     console.close()
     print(
-        f"{shards:,} shards with {samples:,} samples are in {output}; {len(source) - samples:,} samples were left out"
+        f"{shards:,} shards with {samples:,} samples are in {output}; {left_out:,} samples were left out"
+        + (f" (mended, they come in after {output} is removed)" if left_out else "")
         + (f", and {damaged:,} of the sources are damaged" if damaged else "")
     )
+    if isinstance(source, ClassFolder) and source.others:
+        kinds = ", ".join(f"{count:,} {end or 'without an ending'}" for end, count in source.others.most_common(5))
+        print(f"{source.others.total():,} other files were not packed ({kinds})")
     return 1 if damaged else 0
 
 

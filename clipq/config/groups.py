@@ -273,10 +273,15 @@ class TaskConfig:
     """Evaluation shards, as `data.shards`: members image + `cls`, or image + captions for retrieval."""
     folder: str | None = None
     """In place of shards: a folder of images, one sub-folder for each class in the order of their names."""
+    benchmark: str | None = None
+    """In place of shards: a data set in CLIP_benchmark's layout, a folder or an address, with class names, templates
+    and what kind of task it is."""
+    split: str = "test"
+    """Of `benchmark`: the folder of its shards."""
     image: str = "jpg;jpeg;png;webp"
     """Member extensions that hold the image."""
     classnames: str | None = None
-    """A file with a class name a line, line n naming class n; or `openclip:imagenet`."""
+    """A file with a class name a line, line n naming class n; or `openclip:imagenet`. Goes before a benchmark's own."""
     templates: str | None = None
     """A file with a prompt template a line, `{}` or `{c}` for the class; or `openclip:imagenet` (80 templates), or
     `openclip:simple` (7)."""
@@ -309,12 +314,12 @@ class EvalConfig:
 
 
 def _check_task(where: str, task: TaskConfig) -> None:
-    require(
-        (task.shards is None) != (task.folder is None),
-        f"{where}: set exactly one of shards= and folder=",
-    )
+    given = [name for name in ("shards", "folder", "benchmark") if getattr(task, name) is not None]
+    require(len(given) == 1, f"{where}: set exactly one of shards=, folder= and benchmark=")
     if task.shards is not None:
         strings(f"{where}.shards", task.shards)
+    if task.benchmark is not None:
+        return
     if task.kind is TaskKind.zero_shot:
         require(
             task.classnames is not None,

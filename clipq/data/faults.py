@@ -9,7 +9,8 @@ from clipq.data.shards import DataError, log_damage
 from clipq.data.tar import Damage
 
 GRACE = 5
-"""Faults of a kind that every run may have: one in the first ten samples is no sign of anything."""
+"""Faults of a kind that every run may have, unless none may be lost: one in the first ten samples is no sign of
+anything."""
 
 RECENT_SAMPLES, RECENT_SHARDS = 100_000, 1000
 """Counts that become larger are halved: an old run has to notice too that its data have gone."""
@@ -68,7 +69,7 @@ class Faults:
         if self.shards > RECENT_SHARDS:
             self.shards, self.broken = self.shards // 2, self.broken // 2
         for what, lost, of in (("samples", self.unreadable, self.samples), ("shards", self.broken, self.shards)):
-            if lost > GRACE + most * of:
+            if lost > (GRACE if most else 0) + most * of:
                 raise DataError(
                     f"{lost:,} of the last {of:,} {what} could not be read, at last {self.last} (see the warnings): "
                     f"mend the data, or set data.max_lost, now {most:g}, to the share that may be lost"

@@ -351,7 +351,12 @@ def _begin(worker: int) -> None:
     torch.set_num_threads(1)
     # The terminal sends Ctrl-C to all processes at once, a scheduler its signals: where the main process handles them,
     # it still needs its batches, and ends its loaders itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Heard and not ignored: what is ignored stays so for the commands of `pipe:`.
+    signal.signal(signal.SIGINT, _heard)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         if callable(signal.getsignal(number)):
-            signal.signal(number, signal.SIG_IGN)
+            signal.signal(number, _heard)
+
+
+def _heard(*_: object) -> None:
+    pass

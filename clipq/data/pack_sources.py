@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import gzip
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple, Protocol
@@ -16,6 +17,9 @@ from clipq.data.parallel import over
 from clipq.data.shards import grouped
 from clipq.data.table import Table
 from clipq.data.tar import BLOCK, MAX_MEMBER, META, NO_END, READ_AHEAD, StrictHeader
+
+MOST_UNPACKED = 50
+"""Times its size that an archive may unpack to: a few MB of gzip can hold gigabytes of zeros."""
 
 
 class Piece(NamedTuple):
@@ -49,6 +53,8 @@ class ClassFolder:
     templates: Sequence[str]
     """Captions, with `{}` for the class name; of several, one is chosen at random for each image."""
     seed: int = 0
+    others: Counter[str] = field(default_factory=Counter)
+    """Files that are no images by their names, or lie beside the class folders, by the ends of their names."""
 
     def __len__(self) -> int:
         return len(self.files)
@@ -76,12 +82,15 @@ def class_folder(folder: Path, names: Sequence[str] | None, templates: Sequence[
     if len(names) != len(classes):
         raise ValueError(f"{folder} has {len(classes)} class folders, but there are {len(names)} class names")
     files: list[tuple[str, int]] = []
+    others = Counter(p.suffix.lower() for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
     for label, one in enumerate(classes):
-        found = sorted(p for p in one.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        inside = [p for p in one.rglob("*") if p.is_file() and not p.name.startswith(".")]
+        found = sorted(p for p in inside if p.suffix.lower() in IMAGE_SUFFIXES)
+        others.update(p.suffix.lower() for p in inside if p.suffix.lower() not in IMAGE_SUFFIXES)
         if not found:
             raise FileNotFoundError(f"{one}: a class folder without images ({', '.join(IMAGE_SUFFIXES)})")
         files += [(str(path.absolute()), label) for path in found]
-    return ClassFolder(files, names, templates, seed)
+    return ClassFolder(files, names, templates, seed, others)
 
 
 @dataclass(frozen=True)
@@ -171,10 +180,13 @@ def _plain(shard: Path, plain: Path, faults: list[str]) -> Path:
         if stream.read(2) != b"\x1f\x8b":
             return shard
     plain.parent.mkdir(parents=True, exist_ok=True)
+    most = MOST_UNPACKED * max(shard.stat().st_size, 1 << 20)
     with gzip.open(shard) as packed, plain.open("wb") as out:
         try:
             while data := packed.read1(READ_AHEAD):  # read gives nothing of what comes before a fault
                 out.write(data)
+                if out.tell() > most:
+                    raise EOFError(f"it unpacks to more than {most:,} bytes, {MOST_UNPACKED} times its size")
         except Exception as error:
             faults.append(f"{type(error).__name__}: {error}")
     return plain

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
+import os
 import re
+import select
+import signal
+import subprocess
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from typing import Any, NamedTuple
-
-from webdataset.gopen import gopen
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +66,46 @@ def open_url(name: str) -> Any:
     Raises:
         RemoteError: what is needed to read such addresses is not installed.
     """
-    return gopen(name) if name.startswith("pipe:") else RemoteFile(name)
+    return Pipe(name.removeprefix("pipe:")) if name.startswith("pipe:") else RemoteFile(name)
+
+
+class Pipe:
+    """What a shell command writes, read from its start to its end. It is not tried again: commands do that.
+
+    Args:
+        command: as in a shell.
+    """
+
+    def __init__(self, command: str) -> None:
+        self._command = command
+        # a session of its own, so that all that the command starts can be ended
+        self._process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, start_new_session=True)
+
+    def __enter__(self) -> Pipe:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        assert self._process.stdout is not None
+        if self._process.returncode is None:  # its number is not another's yet
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.stdout.close()
+        self._process.wait()
+
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes; none at the end.
+
+        Raises:
+            RemoteError: the command gives nothing for `SECONDS`, or fails.
+        """
+        assert self._process.stdout is not None
+        descriptor = self._process.stdout.fileno()
+        if not select.select([descriptor], [], [], SECONDS)[0]:
+            raise RemoteError(f"nothing for {SECONDS:g} s from: {self._command}")
+        data = os.read(descriptor, size)
+        if not data and (code := self._process.wait()):
+            raise RemoteError(f"exit code {code} of: {self._command}")
+        return data
 
 
 class RemoteFile:
@@ -80,7 +122,7 @@ class RemoteFile:
         self.about: About | None = None
         """What is told of the whole; None before the first byte."""
         self._waited, self._since, self._stalls = 0.0, 0, 0
-        """Seconds spent reading since the byte, and how often that was too slow."""
+        """Seconds spent since the byte, and how often that was too slow."""
 
     def __enter__(self) -> RemoteFile:
         return self
@@ -96,9 +138,9 @@ class RemoteFile:
             RemoteError: after `TRIES`.
         """
         for attempt in range(1, TRIES + 1):
+            begun = time.monotonic()
             try:
                 self._file = self._file or self._open()
-                begun = time.monotonic()
                 data = self._file.read1(size)
                 self._waited += time.monotonic() - begun
                 whole = self.about.size if self.about else None
@@ -117,6 +159,8 @@ class RemoteFile:
                 wait = PATIENCE * 2 ** (attempt - 1)
                 log.warning("shard %s: %s at byte %d; again in %.3g s", self._url, what, self._at, wait)
                 time.sleep(wait)
+                self._waited += time.monotonic() - begun
+                self._check_speed()  # one that breaks off again and again, each time a little further, comes to an end
         raise AssertionError
 
     def _check_speed(self) -> None:

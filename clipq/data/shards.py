@@ -91,7 +91,8 @@ def _matches(name: str, pattern: str) -> list[str]:
         raise FileNotFoundError(f"{name} is a folder: name its shards, as in {name.rstrip('/')}/*.tar")
     if path.exists():  # before globbing, for names with brackets in them
         return [str(path)]
-    found = sorted(f for f in glob.glob(str(path)) if Path(f).is_file())  # noqa: PTH207 (patterns may be absolute)
+    files = glob.glob(str(path), recursive=True)  # noqa: PTH207 (patterns may be absolute)
+    found = sorted(f for f in files if Path(f).is_file())
     if not found:
         raise FileNotFoundError(f"no shard matches {name!r}" + ("" if name == pattern else f" (from {pattern!r})"))
     return found

@@ -110,8 +110,7 @@ def _look(task: tuple[str, Rules, int | None]) -> Stats:
     with contextlib.closing(read_shard(shard, on_damage=damage.append)) as samples:
         for index, sample in enumerate(itertools.islice(samples, each)):
             _count(stats, sample, f"{Path(shard).name} {index}", rules)
-    if any(fault.kind == "damaged" for fault in damage):
-        stats.faults["damaged"] += 1
+    stats.faults.update({fault.kind for fault in damage})
     return stats
 
 

@@ -20,11 +20,15 @@ def read_classnames(where: str) -> list[str]:
         FileNotFoundError: neither a file nor a known list.
         ValueError: no names, a blank line between names, or no UTF-8.
     """
-    names = list(CLASSNAMES[where]) if where in CLASSNAMES else _lines(where, list(CLASSNAMES))
+    return checked_classnames(CLASSNAMES[where] if where in CLASSNAMES else _lines(where, list(CLASSNAMES)), where)
+
+
+def checked_classnames(names: Sequence[str], where: str) -> list[str]:
+    """Class names of a place, none of which may be blank: ValueError."""
     blank = [n for n, name in enumerate(names) if not name]
     if blank:
         raise ValueError(f"{where}: line {blank[0] + 1} is blank, but line n names class n")
-    return names
+    return list(names)
 
 
 def read_templates(where: str) -> list[str]:
@@ -38,7 +42,12 @@ def read_templates(where: str) -> list[str]:
     """
     if where in TEMPLATES:
         return [make("{}") for make in TEMPLATES[where]]
-    templates = [line.replace("{c}", "{}") for line in _lines(where, list(TEMPLATES)) if line]
+    return checked_templates(_lines(where, list(TEMPLATES)), where)
+
+
+def checked_templates(lines: Sequence[str], where: str) -> list[str]:
+    """Templates of a place, without blank lines; ValueError for one without a place for the class name."""
+    templates = [line.replace("{c}", "{}") for line in lines if line]
     for number, template in enumerate(templates):
         if template.count("{}") < 1:
             raise ValueError(f"{where}: template {number + 1}, {template!r}, has no {{}} for the class name")

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from clipq.cli.data import main
+from clipq.data import tar
 from clipq.data.index import read_counts
 from clipq.data.shards import read_shard
 from clipq.data.stats import QUANTILES, quantiles
@@ -71,6 +72,14 @@ def test_stats_say_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture) 
     assert "json.similarity           0        0     0.02     0.14     0.29" in shown
     sheet = Image.open(tmp_path / "stats1" / "contact_sheet.png")
     assert np.asarray(sheet).std() > 10
+
+
+def test_stats_count_what_is_passed_over(shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tar, "MAX_MEMBER", 1000)
+    write_tar(tmp_path / "0.tar", [("0.png", bytes(2000)), ("0.txt", b"a caption")])
+    (tmp_path / "1.tar").write_bytes(b"<html>")
+    assert run("stats", tmp_path / "0.tar", tmp_path / "1.tar", "--output", "out") == 0
+    assert json.loads(Path("out/stats.json").read_text())["faults"] == {"damaged": 1, "large member": 1, "no image": 1}
 
 
 @pytest.mark.parametrize(("limit", "looked_at"), [(1, 1), (3, 3), (10, 10), (23, 20), (1000, 73)])

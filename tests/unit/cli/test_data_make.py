@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 import clipq.data.pack as packing
+from clipq.data import pack_sources
 from clipq.data.index import INDEX, read_counts
 from clipq.data.pack_sources import read_shards
 from clipq.data.shards import Damage, read_shard
@@ -64,6 +65,20 @@ def test_class_folder_becomes_shards(photos: Path, tmp_path: Path, capsys: pytes
     stats = json.loads((tmp_path / "stats" / "stats.json").read_text())
     assert (stats["samples"], stats["formats"], stats["faults"]) == (37, {"PNG": 19, "JPEG": 18}, {})
     assert stats["pixels"]["short_side"]["0.5"] == 16
+
+
+def test_other_files_are_counted(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    image = next(photos.rglob("*.jpg"))
+    for name in ("a.jfif", "b", "c.avif", "d.avif", ".hidden"):
+        (image.parent / name).write_bytes(image.read_bytes())
+    (photos / "cover.jpg").write_bytes(image.read_bytes())
+    (image.parent / "e.png").write_bytes(b"no image")
+    assert run("make", photos, tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert "1 shards with 38 samples" in said
+    assert f"1 samples were left out (mended, they come in after {tmp_path / 'out'} is removed)" in said
+    assert "4 other files were not packed (2 .avif, " in said
+    assert "1 without an ending" in said
 
 
 def test_names_of_classes_from_a_file(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -237,6 +252,21 @@ def test_shards_are_packed_anew(packed: bool, shards: list[str], tmp_path: Path)
     texts = [int(s["txt"].split()[1]) for s in samples]
     assert texts != sorted(texts)
     assert {p.name for p in out.iterdir() if p.suffix != ".tar"} == {INDEX, packing.SETTINGS}
+
+
+def test_archives_unpack_to_what_they_may_hold(
+    shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A few kB of gzip can hold gigabytes of zeros."""
+    monkeypatch.setattr(pack_sources, "MOST_UNPACKED", 2)
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        archive.add(shards[0], "0.png")
+        info = tarfile.TarInfo("1.png")
+        info.size = 8 << 20
+        archive.addfile(info, io.BytesIO(bytes(info.size)))
+    (tmp_path / "x.tar.gz").write_bytes(gzip.compress((tmp_path / "x.tar").read_bytes()))
+    assert run("make", shards[1], tmp_path / "x.tar.gz", tmp_path / "out") == 1
+    assert "it unpacks to more than 2,097,152 bytes, 2 times its size" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

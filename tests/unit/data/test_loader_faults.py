@@ -168,6 +168,13 @@ def test_faults_are_counted_and_bounded(shards: list[str], tmp_path: Path) -> No
         list(itertools.islice(batches(only_shards, workers=0, max_lost=0.3), 200))
 
 
+def test_none_may_be_lost() -> None:
+    Faults(samples=100).check(0.0)
+    with pytest.raises(DataError, match="1 of the last 100 samples"):
+        Faults(samples=100, unreadable=1).check(0.0)
+    Faults(samples=100, unreadable=5).check(0.001)
+
+
 def test_an_old_run_notices_faults_too() -> None:
     faults = Faults()
     for lost in (0, 1):
