@@ -81,7 +81,7 @@ def resolve_checkpoint(job: EvalJob) -> tuple[ModelConfig, Path]:
     Raises:
         ConfigError: neither a run, a checkpoint nor a weights file, or weights without an architecture.
     """
-    from clipq.model.weights import find_weights
+    from clipq.model.weights import CONFIG_FILE, find_weights
 
     path = Path(job.checkpoint)
     if not path.exists():
@@ -99,6 +99,9 @@ def resolve_checkpoint(job: EvalJob) -> tuple[ModelConfig, Path]:
     else:
         output = weights.parent / "eval" / f"{weights.stem}.json"
     model = job.model
+    stored_by_openclip = weights.parent / CONFIG_FILE
+    if model is None and not beside.is_file() and stored_by_openclip.is_file():
+        model = ModelConfig(name=str(stored_by_openclip))
     if model is None:
         if not beside.is_file():
             raise ConfigError(

@@ -25,10 +25,15 @@ from safetensors.torch import load_file, save_file
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from clipq.model.packed import unpacked
 from clipq.model.surgery import blocks
 from clipq.optim.shards import laid_out_as
 
 MODEL_FILE = "model.safetensors"
+HUB_FILE = "open_clip_model.safetensors"
+"""As OpenCLIP looks for it on the Hugging Face hub."""
+PACKED_FILE = "packed.safetensors"
+"""In 8 bits (packed.py), which OpenCLIP does not read."""
 CONFIG_FILE = "open_clip_config.json"
 """Architecture and preprocessing beside weights, as on the Hugging Face hub."""
 _PREPROCESS = "preprocess_cfg"
@@ -166,8 +171,8 @@ def find_weights(path: str | Path) -> Path:
     """The weight file that a path stands for.
 
     Args:
-        path: a file; a clipq checkpoint folder (holds `model.safetensors`); or a clipq run folder: its newest
-            checkpoint is taken.
+        path: a file; a folder that is a clipq checkpoint, or that `clipq-export` wrote; or a clipq run folder: its
+            newest checkpoint is taken.
 
     Raises:
         WeightsError: there is nothing of the kind.
@@ -177,8 +182,9 @@ def find_weights(path: str | Path) -> Path:
         return path
     if not path.is_dir():
         raise WeightsError(f"weights {path}: there is no such file or folder")
-    if (path / MODEL_FILE).is_file():
-        return path / MODEL_FILE
+    for name in (MODEL_FILE, HUB_FILE, PACKED_FILE):
+        if (path / name).is_file():
+            return path / name
     steps = {}
     for candidate in path.glob(f"checkpoints/step_*/{MODEL_FILE}"):
         digits = candidate.parent.name.removeprefix("step_")
@@ -205,7 +211,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     file = find_weights(path)
     if file.suffix == ".safetensors":
         try:
-            return load_file(file)
+            return unpacked(load_file(file))
         except (SafetensorError, OSError) as error:
             raise WeightsError(f"weights {file}: not a readable safetensors file: {error}") from error
     if file.suffix not in (".pt", ".pth", ".bin"):
