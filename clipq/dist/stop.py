@@ -143,6 +143,9 @@ def caught() -> Iterator[Stop]:
             sys.excepthook = lambda *_: None
             before[signal.SIGINT] = signal.SIG_DFL  # one that comes late ends it the same way, and prints no traceback
             raise KeyboardInterrupt from None  # the interpreter then ends by SIGINT
+        # One that comes late, to who has saved and is about to end, must not change the code that it ends with. Heard
+        # and not ignored: processes that are started would inherit that.
+        before |= {n: lambda *_: None for n in before if n is not signal.SIGINT}
         raise
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises an error of a loader process that is killed

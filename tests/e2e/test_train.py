@@ -118,7 +118,8 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(whole_run: Path, world: P
     )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        if (folder / "metrics.jsonl").exists() and len(read_metrics_of_live_run(folder)) >= 13:
+        saved = (folder / "checkpoints" / "step_00000010").exists()  # which is written while training goes on
+        if saved and len(read_metrics_of_live_run(folder)) >= 13:
             break
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
