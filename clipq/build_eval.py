@@ -27,6 +27,7 @@ from clipq.eval.common import Encoder, Evaluator
 from clipq.eval.prompts import (
     checked_classnames,
     checked_templates,
+    lines_of,
     read_classnames,
     read_templates,
     subset_indices,
@@ -114,11 +115,13 @@ def _of_benchmark(name: str, task: TaskConfig, data: BenchmarkSet, examples: int
             return Retrieval(name, EvalShards(data.shards(), Captions("txt", lines=True).all, task.image), examples)
         source = EvalShards(data.shards(), image=task.image)
         if task.classnames is None:
-            classnames = checked_classnames(data.lines(CLASSNAMES), data.where(CLASSNAMES))
+            where = data.where(CLASSNAMES)
+            classnames = checked_classnames(lines_of(data.read(CLASSNAMES), where), where)
         else:
             classnames = read_classnames(task.classnames)
         if task.templates is None:
-            templates = checked_templates(data.lines(TEMPLATES), data.where(TEMPLATES))
+            where = data.where(TEMPLATES)
+            templates = checked_templates(lines_of(data.read(TEMPLATES), where), where)
         else:
             templates = read_templates(task.templates)
     except FileNotFoundError as error:

@@ -11,8 +11,9 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from clipq.cli.arguments import Parser
 from clipq.data.parallel import cores
 
 if TYPE_CHECKING:
@@ -33,11 +34,6 @@ clipq-data COMMAND --help tells the options of a command.
 """
 TOLD = 20
 """Lines about faults of one kind, or about samples left out; the others are counted."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -327,7 +323,7 @@ def _rules(arguments: argparse.Namespace, *, decode: bool = False, max_member: f
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="clipq-data",
         description="Makes shards, counts their samples, checks them, and shows what is in them.",
         epilog=EXAMPLE,

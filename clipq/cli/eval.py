@@ -99,14 +99,13 @@ def resolve_checkpoint(job: EvalJob) -> tuple[ModelConfig, Path]:
     else:
         output = weights.parent / "eval" / f"{weights.stem}.json"
     model = job.model
-    stored_by_openclip = weights.parent / CONFIG_FILE
-    if model is None and not beside.is_file() and stored_by_openclip.is_file():
-        model = ModelConfig(name=str(stored_by_openclip))
-    if model is None:
-        if not beside.is_file():
+    if model is None and not beside.is_file():
+        if not (weights.parent / CONFIG_FILE).is_file():
             raise ConfigError(
                 f"checkpoint={job.checkpoint}: its architecture is not known: name it, as in model=vit_b_32"
             )
+        model = ModelConfig(name=str(weights.parent / CONFIG_FILE))
+    if model is None:
         stored = yaml.safe_load(beside.read_text(encoding="utf-8"))["model"]
         merged = OmegaConf.merge(OmegaConf.structured(ModelConfig), stored)
         model = OmegaConf.to_object(merged)

@@ -6,7 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
+
+from clipq.cli.arguments import Parser, fail
 
 if TYPE_CHECKING:
     import torch
@@ -29,11 +31,6 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 5e-2, "fp16": 5e-3, "int8": 1e-1, "onnx": 1e-
 """Largest difference of a feature of unit norm after reading again, for random inputs."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Exports, and prints what was written.
 
@@ -44,9 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return export(arguments)
     except ModuleNotFoundError as error:
-        return _fail(f'{error}: --onnx takes pip install "clipq[onnx]"')
+        return fail("clipq-export", f'{error}: --onnx takes pip install "clipq[onnx]"')
     except (OSError, ValueError) as error:
-        return _fail(str(error))
+        return fail("clipq-export", str(error))
 
 
 def export(arguments: argparse.Namespace) -> int:
@@ -141,7 +138,7 @@ def _read_back(clip: ClipModel, folder: Path, inputs: dict[str, torch.Tensor], *
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="clipq-export",
         description="Writes a checkpoint in the form that others read.",
         epilog=EXAMPLE,
@@ -155,11 +152,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--weights", choices=WEIGHTS, default="fp32", help="type of the weights (default: fp32)")
     parser.add_argument("--onnx", action="store_true", help="one ONNX file for each tower too")
     return parser
-
-
-def _fail(message: str) -> int:
-    print(f"clipq-export: {' '.join(message.split())}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+
+from clipq.cli.arguments import Parser, fail
 
 EXAMPLE = """\
 examples:
@@ -18,11 +19,6 @@ examples:
 A run may be reported while it trains. A report is index.html, which is complete in itself and can be sent
 to someone, the plots as PNG, summary.md and summary.csv.
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,10 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         out = arguments.out or (runs[0].path / "report" if len(runs) == 1 else Path("report"))
         target = write_files(runs, out)
     except RunError as error:
-        return _fail(str(error))
+        return fail("clipq-report", str(error))
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{where}{error.strerror or error}: check --out, the folder's permissions and the disk")
+        return fail(
+            "clipq-report", f"{where}{error.strerror or error}: check --out, the folder's permissions and the disk"
+        )
     print(console_table(runs))
     print()
     print(target)
@@ -59,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="clipq-report",
         description="Tables, plots and one HTML page about one or several training runs.",
         epilog=EXAMPLE,
@@ -73,11 +71,6 @@ def _parser() -> argparse.ArgumentParser:
         help="folder to write to (default: RUN/report for one run, ./report for several)",
     )
     return parser
-
-
-def _fail(message: str) -> int:
-    print(f"clipq-report: {' '.join(message.split())}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ class BenchmarkSet:
             ValueError: another kind.
         """
         try:
-            kind = self._read("dataset_type.txt").strip().lower()
+            kind = self.read("dataset_type.txt").strip().lower()
         except FileNotFoundError:
             return CLASSIFICATION
         if kind not in (CLASSIFICATION, RETRIEVAL):
@@ -53,23 +53,22 @@ class BenchmarkSet:
             FileNotFoundError, ValueError: there is no such file, or no number in it.
         """
         name = f"{self.split}/nshards.txt"
-        text = self._read(name).strip()
+        text = self.read(name).strip()
         if not text.isdecimal() or int(text) < 1:
             raise ValueError(f"{self.where(name)}: {text[:40]!r}: expected the number of shards")
         return [self.where(f"{self.split}/{n}.tar") for n in range(int(text))]
-
-    def lines(self, name: str) -> list[str]:
-        """Lines of a file of the data set, without blanks around them, and without blank ones at the end."""
-        lines = [line.strip() for line in self._read(name).splitlines()]
-        while lines and not lines[-1]:
-            lines.pop()
-        return lines
 
     def where(self, name: str) -> str:
         root = _HUB.sub(r"\1/resolve/\2", self.root)
         return f"{root.rstrip('/')}/{name}" if is_url(root) else str(Path(root).expanduser() / name)
 
-    def _read(self, name: str) -> str:
+    def read(self, name: str) -> str:
+        """A file of the data set.
+
+        Raises:
+            FileNotFoundError: there is none.
+            RemoteError: it cannot be read.
+        """
         where = self.where(name)
         if not is_url(where):
             return Path(where).read_text(encoding="utf-8-sig")

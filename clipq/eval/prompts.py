@@ -79,6 +79,11 @@ def _lines(where: str, known: list[str]) -> list[str]:
         text = path.read_text(encoding="utf-8-sig")  # Windows editors begin a file with a byte-order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: expected a text file in UTF-8: {error}") from error
+    return lines_of(text, where)
+
+
+def lines_of(text: str, where: str) -> list[str]:
+    """Lines without blanks around them, and without blank ones at the end; ValueError where none is left."""
     lines = [line.strip() for line in text.splitlines()]
     while lines and not lines[-1]:
         lines.pop()

@@ -14,7 +14,7 @@ import torch
 
 from clipq.build import build_model, build_optimizer, build_schedule
 from clipq.build_backend import convert, warn_of_slow_bf16
-from clipq.build_data import build_captions, build_filter, build_stream, find_sources
+from clipq.build_data import build_captions, build_filter, build_stream, find_sources, warn_of_parts
 from clipq.config.checks import ConfigError
 from clipq.config.choices import Decay, Fp8, Loss, Optimizer, Precision, Recipe
 from clipq.config.data import AugmentConfig, CaptionConfig, DataConfig, FilterConfig, SourceConfig
@@ -250,3 +250,12 @@ def test_model_starts_from_the_weights_given(arch: Path, tmp_path: Path) -> None
 
 def test_packaged_model_by_its_name() -> None:
     assert build_model(ModelConfig(name="ViT-S-8-64")).preprocess.size == (64, 64)
+
+
+def test_sources_of_few_shards_are_named(shards: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    sources = [Source(shards, Captions(), "png"), Source(shards[:1], Captions(), "png", setting="data.sources.small")]
+    warn_of_parts(sources, lanes=20)
+    assert caplog.messages == [
+        "data.sources.small: 20 lanes read 1 shards, so that each shard is read 20 times in a pass: pack them into 20 "
+        "or more (clipq-data make)"
+    ]

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from clipq.build_data import warn_of_parts
 from clipq.data.decode import Captions
 from clipq.data.shards import (
     Damage,
@@ -23,7 +22,6 @@ from clipq.data.shards import (
     read_shard,
     share_of_lane,
 )
-from clipq.data.source import Source
 from tests.helpers import colour_samples, write_shard
 
 PLAIN = ("png", "txt")
@@ -399,12 +397,3 @@ def test_lanes_read_no_more_shards_than_they_must(shards: list[str], monkeypatch
         for lane in range(lanes):
             list(share_of_lane(shards, lane=lane, lanes=lanes))
         assert len(opened) == max(lanes, len(shards))
-
-
-def test_sources_of_few_shards_are_named(shards: list[str], caplog: pytest.LogCaptureFixture) -> None:
-    sources = [Source(shards, Captions(), "png"), Source(shards[:1], Captions(), "png", setting="data.sources.small")]
-    warn_of_parts(sources, lanes=20)
-    assert caplog.messages == [
-        "data.sources.small: 20 lanes read 1 shards, so that each shard is read 20 times in a pass: pack them into 20 "
-        "or more (clipq-data make)"
-    ]
