@@ -15,9 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra import compose, initialize_config_dir
 
+from clipq.build import build_run
+from clipq.config.hydra import configs_dir, register, to_job
+from clipq.config.schema import TrainJob
+from clipq.dist.env import DistEnv
+from clipq.log.console import Console
 from clipq.log.folder import environment
 from clipq.lowp.measure import milliseconds
+from clipq.train.run import Run
 
 
 def wall_milliseconds(f: Callable[[], Any], *, warmup: int, steps: int) -> list[float]:
@@ -76,6 +83,26 @@ def free_memory() -> None:
     torch.cuda.reset_peak_memory_stats()
 
 
+def run_of(env: DistEnv, *overrides: str, folder: Path = Path("/tmp/clipq_bench")) -> Run:
+    """What clipq-train builds of these settings; its shards are only looked at."""
+    register({})
+    with initialize_config_dir(str(configs_dir()), version_base="1.3"):
+        job = to_job(compose("train", [*overrides, "name=x"]), TrainJob)
+    return build_run(job, env, folder, "", Console(enabled=False))
+
+
+def batch_of(run: Run) -> dict[str, Any]:
+    """A random batch of this rank on its device, as the loader gives it."""
+    size, g, device = run.batch_size // run.env.world_size, torch.Generator().manual_seed(0), run.env.device
+    model: Any = run.state.model
+    pixels = model.visual.image_size
+    height, width = pixels if isinstance(pixels, tuple) else (pixels, pixels)
+    image = torch.randint(0, 256, (size, 3, height, width), generator=g, dtype=torch.uint8)
+    text = torch.randint(1, 49407, (size, model.context_length), generator=g, dtype=torch.int32)
+    shown = {"image": image.to(device), "text": text.to(device), "key": [str(n) for n in range(size)]}
+    return shown | {"place": None, "lost": 0, "filtered": {}, "sources": {}}
+
+
 def median(values: list[float]) -> float:
     return statistics.median(values)
 
@@ -85,9 +112,8 @@ def write(path: str | Path, kind: str, title: str, results: dict[str, Any]) -> N
     on_gpu = torch.cuda.is_available()
     facts = environment(torch.device("cuda" if on_gpu else "cpu"), 1)
     # where files lie is of one machine
-    facts["command"] = re.sub(
-        r" (--out(put)?[ =]|--shards[ =]|--openclip[ =]|data\.root=)('[^']*'|\S+)", "", facts["command"]
-    )
+    places = r" ((--out(put)?[ =]|--shards[ =]|--openclip[ =]|data\.\w+=)('[^']*'|\S+)|'data\.\w+=[^']*')"
+    facts["command"] = re.sub(places, "", facts["command"])
     content = {
         "title": title,
         "kind": kind,

@@ -24,6 +24,7 @@ import torch
 from bench_common import host_milliseconds, kernels, median, wall_milliseconds, write
 from torch import nn
 
+from clipq.build_backend import COMPILER
 from clipq.loss.contrastive import contrastive_loss
 from clipq.lowp import RECIPES, convert_linears
 from clipq.model.clip import create_model
@@ -43,7 +44,7 @@ def ours(options: argparse.Namespace, recipe: str) -> nn.Module:
     for line in convert_linears(model, recipe, filter=in_blocks).lines():
         print("   ", line)
     for _, block in blocks(model):
-        block.forward = torch.compile(block.forward, fullgraph=True)
+        block.forward = torch.compile(block.forward, fullgraph=True, options=COMPILER)
     return model
 
 

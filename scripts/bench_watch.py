@@ -11,18 +11,12 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from bench_common import median, wall_milliseconds, write
-from hydra import compose, initialize_config_dir
+from bench_common import batch_of, median, run_of, wall_milliseconds, write
 
-from clipq.build import build_run
-from clipq.config.hydra import configs_dir, register, to_job
-from clipq.config.schema import TrainJob
-from clipq.dist.env import DistEnv, distributed
-from clipq.log.console import Console
+from clipq.dist.env import distributed
 from clipq.log.meters import Meter
 from clipq.lowp.measure import milliseconds
 from clipq.train.events import flush, measure_quantization
@@ -31,22 +25,6 @@ from clipq.train.loop import train_step
 from clipq.train.run import Run
 
 OFF = ("watch.rms=[]", "watch.features=false")
-
-
-def run_of(options: argparse.Namespace, env: DistEnv, *overrides: str) -> Run:
-    register({})
-    with initialize_config_dir(str(configs_dir()), version_base="1.3"):
-        settings = (f"model={options.model}", f"backend={options.backend}", f"batch_size={options.batch}", "name=x")
-        job = to_job(compose("train", [*settings, *options.overrides, *overrides]), TrainJob)
-    return build_run(job, env, Path("/tmp/bench_watch"), "", Console(enabled=False))
-
-
-def batch_of(run: Run) -> dict[str, Any]:
-    size, g = run.batch_size, torch.Generator().manual_seed(0)
-    image = torch.randint(0, 256, (size, 3, 224, 224), generator=g, dtype=torch.uint8)
-    text = torch.randint(1, 49407, (size, 77), generator=g, dtype=torch.int32)
-    key = [str(n) for n in range(size)]
-    return {"image": image.cuda(), "text": text.cuda(), "key": key, "lost": 0, "filtered": {}, "sources": {}}
 
 
 def steps_of(run: Run, batch: dict[str, Any]) -> Any:
@@ -75,8 +53,9 @@ def main() -> None:
     results: dict[str, Any] = {"model": options.model, "backend": options.backend, "batch": options.batch}
     with distributed("cuda") as env:
         for graph in options.graph:
-            runs = {"watched": run_of(options, env, f"backend.cuda_graph={graph}")}
-            runs["unwatched"] = run_of(options, env, f"backend.cuda_graph={graph}", *OFF)
+            settings = (f"model={options.model}", f"backend={options.backend}", f"batch_size={options.batch}")
+            settings = (*settings, *options.overrides, f"backend.cuda_graph={graph}")
+            runs = {"watched": run_of(env, *settings), "unwatched": run_of(env, *settings, *OFF)}
             calls = {name: steps_of(run, batch_of(run)) for name, run in runs.items()}
             times: dict[str, list[float]] = {name: [] for name in runs}
             for _ in range(options.rounds):  # alternating: clocks drift

@@ -22,7 +22,7 @@ BEGIN, END = "<!-- results of {kind}: made by scripts/results.py -->", "<!-- end
 PAGES = {
     "README.md": ("run", "step"),
     "docs/data.md": ("loader",),
-    "docs/distributed.md": ("loss",),
+    "docs/distributed.md": ("loss", "parallel", "save"),
     "docs/low_precision.md": ("step", "linear", "recipes", "gemm"),
     "docs/stability.md": ("spike", "optimizer", "watch"),
 }
@@ -245,10 +245,46 @@ def loss_table(results: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
+def parallel_table(results: list[dict[str, Any]]) -> str:
+    """Step and memory by what is put around the model; ratios are to nothing."""
+    rows = []
+    for result in results:
+        found = result["results"]
+        where = f"{found['model']}, {found['backend']}, {found['batch']} pairs, {result['environment']['device']}"
+        rows += [f"| {where} | recorded | one by one | peak memory, one by one |", "|---|---|---|---|"]
+        base = found["settings"]["none"]
+        for name, row in found["settings"].items():
+            recorded, launched = (
+                f"{row[key]:.1f} ms, ×{row[key] / base[key]:.2f}" if row[key] else "–"
+                for key in ("recorded_ms", "launched_ms")
+            )
+            rows.append(f"| {name} | {recorded} | {launched} | {row['peak_gib']:.1f} GiB |")
+    return "\n".join(rows)
+
+
+def save_table(results: list[dict[str, Any]]) -> str:
+    """How long a checkpoint holds training up: the first, and those after."""
+    rows = [
+        "| model, device | files | the first holds training up | the next | a step meanwhile | else | written in |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        found = result["results"]
+        first, *later = found["held_s"]
+        meanwhile, written = max(found["step_while_writing_ms"]), max(found["written_s"])
+        rows.append(
+            f"| {found['model']}, {result['environment']['device']} | {found['bytes'] / 1e9:.1f} GB | {first:.1f} s | "
+            f"{max(later):.2f} s | {meanwhile:.1f} ms | {found['quiet_ms']:.1f} ms | {written:.0f} s |"
+        )
+    return "\n".join(rows)
+
+
 TABLES = {
     "loader": loader_table,
     "loss": loss_table,
+    "parallel": parallel_table,
     "run": run_table,
+    "save": save_table,
     "step": step_table,
     "linear": linear_table,
     "recipes": recipes_table,

@@ -30,9 +30,6 @@ log = logging.getLogger("clipq.cli.train")  # __name__ is __main__ under `python
 
 def main() -> None:
     adopt()
-    # Read as torch is imported. Without it the compiler chooses tiles by timing them, and two runs of one command on a
-    # GPU round differently.
-    os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
     # What submitit asks a job with, if a launcher uses it. Its own choice, USR2, would end a run with nothing saved.
     os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "USR1")
     with caught() as stop:

@@ -68,7 +68,7 @@ class BackendConfig:
     """torch.compile each block: auto compiles on CUDA only."""
     cuda_graph: Switch = Switch.auto
     """Record forward and backward of the training step as a CUDA graph, so that launches cost nothing. `auto` does it
-    on GPUs for models all of whose blocks are clipq's, without shards (FSDP), gradient checkpointing and
+    on GPUs for models all of whose blocks are clipq's, without hybrid shards (HSDP), gradient checkpointing and
     accumulation."""
 
     def __post_init__(self) -> None:

@@ -7,7 +7,12 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._inductor import config as inductor_config
 
+from clipq.build_backend import compile_blocks
+from clipq.config.choices import Switch
+from clipq.config.groups import BackendConfig
+from clipq.dist.env import DistEnv
 from clipq.model.block import PatchDropout
 from clipq.model.clip import create_model
 from clipq.model.surgery import blocks
@@ -102,11 +107,15 @@ def test_a_tower_compiles_to_one_graph_that_its_blocks_share(text, write_config,
 def test_inductor_compiles_the_blocks(pair, tiny, batch, fresh_dynamo):
     theirs, bundle = pair(tiny({"qk_norm": True}, {}))
     image, text = batch()
-    for _, block in blocks(bundle.model):
-        block.forward = torch.compile(block.forward, fullgraph=True)
-    out, expected = bundle.model(image, text), theirs(image, text)
-    torch.testing.assert_close(out["text_features"], expected["text_features"], atol=1e-5, rtol=0)
-    out["image_features"].sum().backward()
+    modes: list[bool] = []
+    # called at the end of each graph, where inductor is about to choose tiles
+    look = {"post_grad_custom_post_pass": lambda graph: modes.append(inductor_config.deterministic)}
+    compile_blocks(bundle.model, BackendConfig(compile=Switch.on), DistEnv(0, 1, 0, 1, torch.device("cpu")))
+    with inductor_config.patch(look):
+        out, expected = bundle.model(image, text), theirs(image, text)
+        torch.testing.assert_close(out["text_features"], expected["text_features"], atol=1e-5, rtol=0)
+        (out["image_features"].sum() + out["text_features"].sum()).backward()
+    assert modes == [True] * 4, "forward and backward of both towers: two runs would choose tiles by time"
 
 
 @pytest.mark.gpu
