@@ -145,7 +145,7 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
         sources = find_sources(job.data)
         for source in sources:
             source.check()
-        evaluators = build_evaluators(job.eval)
+        evaluators, _ = build_evaluators(job.eval)
         clip = build_model(job.model, job.loss)
     if job.loss is Loss.softmax and getattr(clip.model, "logit_bias", None) is not None:
         raise ConfigError(

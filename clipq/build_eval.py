@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import cast
@@ -13,7 +14,7 @@ from torch import Tensor
 from clipq.build_backend import AUTOCAST
 from clipq.build_data import build_captions, interpolation
 from clipq.config.checks import ConfigError
-from clipq.config.choices import TaskKind
+from clipq.config.choices import MissingData, TaskKind
 from clipq.config.groups import BackendConfig, EvalConfig, TaskConfig
 from clipq.data.benchmark import CLASSNAMES, RETRIEVAL, TEMPLATES, BenchmarkSet
 from clipq.data.decode import Captions
@@ -36,6 +37,8 @@ from clipq.eval.retrieval import Retrieval
 from clipq.eval.zero_shot import ZeroShot
 from clipq.log.console import Console
 from clipq.model.clip import ClipModel
+
+log = logging.getLogger(__name__)
 
 
 def build_encoder(
@@ -73,12 +76,39 @@ def build_encoder(
     )
 
 
-def build_evaluators(config: EvalConfig) -> list[Evaluator]:
-    """The evaluators of the tasks, each of which has looked at its data."""
-    evaluators = [_evaluator(name, task, config.examples) for name, task in config.tasks.items()]
+def build_evaluators(config: EvalConfig) -> tuple[list[Evaluator], dict[str, str]]:
+    """The evaluators of the tasks, each of which has looked at its data; and tasks whose data are not there -> why.
+
+    Raises:
+        ConfigError: data are not there, unless they may be missing; then none of them are.
+        EvalError: data are there and cannot be used.
+    """
+    missing = {}
+    if config.missing is MissingData.report:
+        missing = {name: why for name, task in config.tasks.items() if (why := _absent(task)) is not None}
+    if missing and len(missing) == len(config.tasks):
+        name, why = next(iter(missing.items()))
+        raise ConfigError(f"eval.root={config.root}: none of the {len(missing)} data sets is there; {name}: {why}")
+    evaluators = [_evaluator(name, task, config.examples) for name, task in config.tasks.items() if name not in missing]
     for evaluator in evaluators:
         evaluator.check()
-    return evaluators
+    for name, why in missing.items():
+        log.warning("evaluation %s is missing: %s", name, why)
+    return evaluators, missing
+
+
+def _absent(task: TaskConfig) -> str | None:
+    """Why the data of a task are not there; None where they are. Whether they can be used is another matter."""
+    try:
+        if task.benchmark is not None:
+            BenchmarkSet(task.benchmark, task.split).shards()
+        elif task.folder is not None:
+            ImageFolder(task.folder).classes()
+        else:
+            expand(task.shards)
+    except FileNotFoundError as error:
+        return str(error)
+    return None
 
 
 def _evaluator(name: str, task: TaskConfig, examples: int) -> Evaluator:

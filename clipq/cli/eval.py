@@ -1,27 +1,31 @@
-"""clipq-eval: evaluates a checkpoint zero-shot and by retrieval, prints a table and writes JSON."""
+"""clipq-eval: evaluates checkpoints zero-shot and by retrieval, prints tables, writes JSON and a page for each."""
 
 from __future__ import annotations
 
 import json
 import logging
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from omegaconf import OmegaConf
 
+from clipq.cli.checkpoints import Chosen, as_stored, choose, resolve_checkpoint
 from clipq.cli.train import render_synthetic, synthetic
 from clipq.config.checks import ConfigError
-from clipq.config.groups import ModelConfig
 from clipq.config.hydra import run
 from clipq.config.schema import EvalJob, check_backend
 from clipq.dist.slurm import adopt
 
 if TYPE_CHECKING:
     from clipq.dist.env import DistEnv
-    from clipq.eval.common import EvalResult
+    from clipq.eval.common import EvalResult, Evaluator
+    from clipq.log.console import Console
 
 log = logging.getLogger("clipq.cli.eval")
+
+POLL = 10.0
+"""Seconds between two looks at a run that is followed."""
 
 
 def main() -> None:
@@ -46,115 +50,151 @@ def eval_job(job: EvalJob, resolved: str) -> None:
 
 
 def _evaluate(job: EvalJob, env: DistEnv) -> None:
-    from clipq.build import build_model, reported_as_config_error
-    from clipq.build_backend import convert, warn_of_slow_bf16
-    from clipq.build_eval import build_encoder, build_evaluators
-    from clipq.eval.common import EvalError
+    from clipq.build import reported_as_config_error
+    from clipq.build_backend import warn_of_slow_bf16
+    from clipq.build_eval import build_evaluators
+    from clipq.eval.results import table
     from clipq.log.console import Console, setup_logging
-    from clipq.log.folder import environment
 
     console = Console(enabled=env.is_main)
     setup_logging(console, file=None, rank=env.rank)
     warn_of_slow_bf16(job.backend, env.device)
     with reported_as_config_error():
-        config, output = resolve_checkpoint(job)
-        evaluators = build_evaluators(job.eval)
-        clip = build_model(_as_stored(job, config))
-    clip.model.to(env.device)
-    convert(clip, job.backend, pairs=job.eval.batch_size, training=False)
-    log.info("evaluating %s (%s) on %s in %s", job.checkpoint, config.name, env.device, job.backend.precision.value)
-    encoder = build_encoder(clip, job.backend, job.eval, env, console)
-    try:
-        results = [evaluator.run(encoder) for evaluator in evaluators]
-    except EvalError as error:
-        raise ConfigError(str(error)) from error
-    if env.is_main:
-        write_results(output, job, config, results, environment(env.device, env.world_size))
-        console.message(table(results))
-        console.message(f"wrote {output}")
-    env.barrier()
+        chosen = [] if job.follow else choose(job)  # all are looked at before the first is evaluated
+        run = followed(job.checkpoint) if job.follow else None
+        evaluators, missing = build_evaluators(job.eval)
+    evaluation = Evaluation(job, env, console, evaluators, missing)
+    if run is not None:
+        follow(evaluation, run)
+        return
+    records = {one.name: evaluation.of(one) for one in chosen}
+    if len(records) > 1:
+        console.message(table(records))
 
 
-def resolve_checkpoint(job: EvalJob) -> tuple[ModelConfig, Path]:
-    """The model with its weights, and where the results go.
+class Evaluation:
+    """What is done with each checkpoint."""
+
+    def __init__(
+        self, job: EvalJob, env: DistEnv, console: Console, evaluators: list[Evaluator], missing: dict[str, str]
+    ) -> None:
+        self.job, self.env, self.console = job, env, console
+        self._evaluators, self._missing = evaluators, missing
+
+    def of(self, one: Chosen) -> dict[str, Any]:
+        """Evaluates a checkpoint, and writes and shows what was found. Collective.
+
+        Raises:
+            ConfigError: its weights do not load, or an evaluator cannot use its data.
+        """
+        from clipq.build import build_model, reported_as_config_error
+        from clipq.build_backend import convert
+        from clipq.build_eval import build_encoder
+        from clipq.eval.common import EvalError
+        from clipq.eval.results import record_of, table
+        from clipq.log.folder import environment
+
+        job, env = self.job, self.env
+        with reported_as_config_error():
+            clip = build_model(as_stored(job, one.model))
+        clip.model.to(env.device)
+        convert(clip, job.backend, pairs=job.eval.batch_size, training=False)
+        log.info("evaluating %s (%s) on %s in %s", one.name, one.model.name, env.device, job.backend.precision.value)
+        encoder = build_encoder(clip, job.backend, job.eval, env, self.console)
+        try:
+            results = [evaluator.run(encoder) for evaluator in self._evaluators]
+        except EvalError as error:
+            raise ConfigError(str(error)) from error
+        facts = {
+            "checkpoint": one.name,
+            "model": one.model.name,
+            "precision": job.backend.precision.value,
+            "recipe": job.backend.recipe.value,
+            "environment": environment(env.device, env.world_size),
+        }
+        record = record_of(facts, results, job.eval.averages, self._missing)
+        if env.is_main:
+            write_results(one.output, record, results)
+            self.console.message(table({one.name: record}))
+            self.console.message(f"wrote {one.output} and {one.output.with_suffix('.html')}")
+        env.barrier()
+        return record
+
+
+def followed(checkpoint: str) -> Path:
+    """The run folder that is followed.
 
     Raises:
-        ConfigError: neither a run, a checkpoint nor a weights file, or weights without an architecture.
+        ConfigError: it is none.
     """
-    from clipq.model.weights import CONFIG_FILE, find_weights
-
-    path = Path(job.checkpoint)
-    if not path.exists():
-        if job.model is None:
-            raise ConfigError(
-                f"checkpoint={job.checkpoint}: no such file or folder. For an OpenCLIP tag name the model too, as in "
-                "model=vit_b_32 checkpoint=laion2b_s34b_b79k"
-            )
-        output = Path("eval") / f"{job.model.name}-{job.checkpoint}.json"
-        return _with_weights(job.model, job.checkpoint), Path(job.output or output)
-    weights = find_weights(path)
-    beside = weights.parent / "config.yaml"
-    if weights.parent.parent.name == "checkpoints":
-        output = weights.parents[2] / "eval" / f"{weights.parent.name}.json"
-    else:
-        output = weights.parent / "eval" / f"{weights.stem}.json"
-    model = job.model
-    if model is None and not beside.is_file():
-        if not (weights.parent / CONFIG_FILE).is_file():
-            raise ConfigError(
-                f"checkpoint={job.checkpoint}: its architecture is not known: name it, as in model=vit_b_32"
-            )
-        model = ModelConfig(name=str(weights.parent / CONFIG_FILE))
-    if model is None:
-        stored = yaml.safe_load(beside.read_text(encoding="utf-8"))["model"]
-        merged = OmegaConf.merge(OmegaConf.structured(ModelConfig), stored)
-        model = OmegaConf.to_object(merged)
-        assert isinstance(model, ModelConfig)
-    return _with_weights(model, str(weights)), Path(job.output or output)
+    run = Path(checkpoint)
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(f"follow=true checkpoint={checkpoint}: expected the folder of a run, with its config.yaml")
+    return run
 
 
-def _with_weights(model: ModelConfig, pretrained: str) -> ModelConfig:
-    model.pretrained = pretrained
-    return model
+def follow(evaluation: Evaluation, run: Path) -> None:
+    """Evaluates the checkpoints of a run as they come, each once, until its last step. Collective.
+
+    What was found goes into `eval/metrics.jsonl` of the run too, which reports read.
+    """
+    from clipq.build import reported_as_config_error
+    from clipq.dist.gather import gather_objects
+
+    env = evaluation.env
+    while True:
+        new, ended = gather_objects(_new(run) if env.is_main else None)[0]
+        for path in new:
+            try:
+                with reported_as_config_error():
+                    model, output = resolve_checkpoint(evaluation.job, str(path))
+                record = evaluation.of(Chosen(str(path), model, output))
+            except ConfigError:
+                if gather_objects(path.exists())[0]:
+                    raise
+                log.warning("%s was removed before it was evaluated: raise checkpoint.keep_last of the run", path)
+                continue
+            if env.is_main:
+                _note(run, path, record)
+        if ended and not new:
+            log.info("%s has come to its last step, and all of its checkpoints are evaluated", run)
+            return
+        if not new:
+            time.sleep(POLL)
 
 
-def _as_stored(job: EvalJob, model: ModelConfig) -> ModelConfig:
-    """The architecture that lies beside the weights, settings included, unless the command names one: the JSON file
-    that a run was given may be gone."""
-    from clipq.model.weights import CONFIG_FILE
+def _new(run: Path) -> tuple[list[Path], bool]:
+    """Checkpoints that are not evaluated, or were written again since; whether the last of the run is there."""
+    from clipq.train.kept import found
 
-    stored = Path(model.pretrained or "").parent / CONFIG_FILE
-    if job.model is not None or not stored.is_file():
-        return model
-    return ModelConfig(name=str(stored), pretrained=model.pretrained)
+    paths = found(run / "checkpoints")
+    steps = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["steps"]
+    ended = bool(paths) and int(paths[-1].name.removeprefix("step_")) >= steps
+    results = [run / "eval" / f"{path.name}.json" for path in paths]
+    return [
+        path
+        for path, result in zip(paths, results, strict=True)
+        if not (result.is_file() and result.stat().st_mtime >= path.stat().st_mtime)
+    ], ended
 
 
-def write_results(
-    output: Path, job: EvalJob, model: ModelConfig, results: list[EvalResult], facts: dict[str, Any]
-) -> None:
-    """Writes the results as JSON."""
-    record = {
-        "checkpoint": job.checkpoint,
-        "model": model.name,
-        "precision": job.backend.precision.value,
-        "recipe": job.backend.recipe.value,
-        "results": [{"task": r.task, "kind": r.kind, "metrics": r.metrics} for r in results],
-        "environment": facts,
-    }
+def _note(run: Path, path: Path, record: dict[str, Any]) -> None:
+    step = int(path.name.removeprefix("step_"))
+    rows = [{"kind": "eval", "step": step, "task": r["task"], "metrics": r["metrics"]} for r in record["results"]]
+    with (run / "eval" / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def write_results(output: Path, record: dict[str, Any], results: list[EvalResult]) -> None:
+    """Writes a record as JSON, and the page about it beside."""
+    from clipq.report.evaluation import evaluation_page
+
+    pictures = {r.task: {"Taken for something else": r.mistakes, "Chosen at random": r.examples} for r in results}
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
-
-def table(results: list[EvalResult]) -> str:
-    """A line for each metric of each task."""
-    lines = []
-    for result in results:
-        for name, value in result.metrics.items():
-            shown = f"{value:,}" if isinstance(value, int) else f"{100 * value:.2f} %"
-            lines.append((result.task, name, shown))
-    widths = [max(len(row[i]) for row in [("task", "metric", "value"), *lines]) for i in range(3)]
-    rows = [("task", "metric", "value"), tuple("-" * w for w in widths), *lines]
-    return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows)
+    output.with_suffix(".html").write_text(evaluation_page(record, pictures), encoding="utf-8")
+    part = output.with_name(f".{output.name}.part")  # a JSON that is there is whole: who follows a run asks for it
+    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    part.replace(output)
 
 
 if __name__ == "__main__":

@@ -75,6 +75,11 @@ class TaskKind(Enum):
     retrieval = "retrieval"
 
 
+class MissingData(Enum):
+    error = "error"
+    report = "report"
+
+
 class Wandb(Enum):
     off = "off"
     online = "online"

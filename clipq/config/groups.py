@@ -11,7 +11,18 @@ from typing import Any
 from omegaconf import MISSING
 
 from clipq.config.checks import require, strings
-from clipq.config.choices import Decay, Fp8, Optimizer, Precision, Recipe, Strategy, Switch, TaskKind, Wandb
+from clipq.config.choices import (
+    Decay,
+    Fp8,
+    MissingData,
+    Optimizer,
+    Precision,
+    Recipe,
+    Strategy,
+    Switch,
+    TaskKind,
+    Wandb,
+)
 from clipq.config.data import CaptionConfig
 
 
@@ -305,12 +316,19 @@ class EvalConfig:
     """Images of each task kept with their best captions for the report."""
     tasks: dict[str, TaskConfig] = field(default_factory=dict)
     """Name -> what to evaluate."""
+    missing: MissingData = MissingData.error
+    """What a task whose data are not there is: an error, or (suites) told in the results as missing."""
+    averages: dict[str, list[str]] = field(default_factory=dict)
+    """Name -> tasks: the mean of their main metrics (`clipq-eval`), which says how many of them it is of."""
 
     def __post_init__(self) -> None:
         require(self.every >= 0, f"eval.every={self.every}: expected 0 or more steps")
         require(self.batch_size >= 1, f"eval.batch_size={self.batch_size}: expected 1 or more")
         for name, task in self.tasks.items():
             _check_task(f"eval.tasks.{name}", task)
+        for name, tasks in self.averages.items():
+            unknown = [task for task in tasks if task not in self.tasks]
+            require(bool(tasks) and not unknown, f"eval.averages.{name}={tasks}: expected names of eval.tasks")
 
 
 def _check_task(where: str, task: TaskConfig) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
-from clipq.config.checks import require
+from clipq.config.checks import require, strings
 from clipq.config.choices import Device, GuardPolicy, Loss, Precision, Recipe, Resume, Strategy, Switch
 from clipq.config.data import DataConfig
 from clipq.config.groups import (
@@ -119,8 +120,12 @@ class TrainJob:
 class EvalJob:
     """What `clipq-eval` runs."""
 
-    checkpoint: str = MISSING
-    """What to evaluate: a run folder, a checkpoint folder, a weights file, or an OpenCLIP tag (with `model=`)."""
+    checkpoint: Any = MISSING
+    """What to evaluate: a run folder, a checkpoint folder, a weights file, a pattern of these, or an OpenCLIP tag (with
+    `model=`); or a list of them."""
+    follow: bool = False
+    """`checkpoint` is the folder of a run: evaluate each of its checkpoints, and those that come, until the run's last
+    step."""
     model: ModelConfig | None = None
     """Architecture of the weights (group `model`); not needed for a clipq run or checkpoint, which carries its own."""
     backend: BackendConfig = MISSING
@@ -128,7 +133,8 @@ class EvalJob:
     eval: EvalConfig = MISSING
     """What to evaluate on (group `eval`)."""
     output: str | None = None
-    """JSON file for the results; None writes `eval/<step or file name>.json` beside the checkpoint."""
+    """JSON file for the results, or a folder for those of several checkpoints; None writes
+    `eval/<step or file name>.json` beside each checkpoint. A page of the same name lies beside it."""
     device: Device = Device.auto
     """auto takes CUDA where there is one."""
     parallel: ParallelConfig = MISSING
@@ -138,6 +144,11 @@ class EvalJob:
         require(
             len(self.eval.tasks) > 0,
             "eval has no tasks: choose a data set, as in eval=tiny_imagenet eval.root=/data/tiny_imagenet",
+        )
+        strings("checkpoint", self.checkpoint)
+        require(
+            not self.follow or (isinstance(self.checkpoint, str) and self.output is None),
+            "follow=true: expected one run folder as checkpoint=, and no output=: results lie in the run's eval/",
         )
 
 

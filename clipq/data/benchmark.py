@@ -17,7 +17,7 @@ from clipq.data.remote import is_url, open_url, require_protocol
 
 CLASSNAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
 CLASSIFICATION, RETRIEVAL = "classification", "retrieval"
-_HUB = re.compile(r"(https://huggingface\.co/datasets/[^/]+/[^/]+)/(?:tree|blob|resolve)/([^/]+)")
+_HUB = re.compile(r"(https://huggingface\.co/datasets/[^/]+/[^/]+)(?:/(?:tree|blob|resolve)/([^/]+))?/?")
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class BenchmarkSet:
     """One such data set.
 
     Args:
-        root: folder or address; of the hub also the one of its page, `https://huggingface.co/datasets/USER/NAME/tree/main`.
+        root: folder or address; of the hub also the one of its page, `https://huggingface.co/datasets/USER/NAME`, with
+            `/tree/BRANCH` or without.
         split: folder of the shards in it.
     """
 
@@ -59,7 +60,8 @@ class BenchmarkSet:
         return [self.where(f"{self.split}/{n}.tar") for n in range(int(text))]
 
     def where(self, name: str) -> str:
-        root = _HUB.sub(r"\1/resolve/\2", self.root)
+        page = _HUB.fullmatch(self.root)
+        root = self.root if page is None else f"{page[1]}/resolve/{page[2] or 'main'}"
         return f"{root.rstrip('/')}/{name}" if is_url(root) else str(Path(root).expanduser() / name)
 
     def read(self, name: str) -> str:

@@ -105,6 +105,20 @@ class EvalResult:
     metrics: dict[str, float]
     examples: list[dict[str, Any]] = field(default_factory=list)
     """{"image": data URI of a PNG, "truth": str, "best": [[caption, score], …]} of some images; on rank 0 only."""
+    mistakes: list[dict[str, Any]] = field(default_factory=list)
+    """The same of images that were taken for something else."""
+    classes: list[dict[str, Any]] = field(default_factory=list)
+    """{"name": str, "images": int, "top1": float or None} of each class, by its number."""
+    confusions: list[dict[str, Any]] = field(default_factory=list)
+    """{"truth": str, "taken_for": str, "images": int} of pairs of classes, the most frequent first."""
+
+    @property
+    def main(self) -> tuple[str, float]:
+        """The metric that stands for the task in an average, and its value."""
+        both = ("image_to_text_r1", "text_to_image_r1")
+        if all(name in self.metrics for name in both):
+            return "mean_r1", sum(self.metrics[name] for name in both) / 2
+        return "top1", self.metrics["top1"]
 
     def summary(self) -> str:
         """One line: shares in per cent, counts as they are."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,9 @@ from clipq.data.evalset import EvalFaults, Source, first_targets
 from clipq.dist.gather import gather_objects, gather_rows
 from clipq.eval.common import Encoder, EvalError, EvalResult, ExampleKeeper
 from clipq.eval.prompts import prompts
+
+CONFUSED, PAIRS = 2000, 50
+"""Classes up to which pairs of them are counted, and pairs that are told."""
 
 
 def build_classifier(encoder: Encoder, classnames: list[str], templates: list[str]) -> Tensor:
@@ -38,6 +43,51 @@ def build_classifier(encoder: Encoder, classnames: list[str], templates: list[st
     everyone = gather_rows(F.normalize(weights, dim=-1))
     numbers = gather_rows(torch.tensor(mine, device=env.device, dtype=torch.long))
     return everyone[numbers.argsort()]
+
+
+class _Tally:
+    """What is counted of the images of one rank, and those of them that are kept as examples."""
+
+    def __init__(self, encoder: Encoder, classes: int, examples: int) -> None:
+        n, device = classes, encoder.env.device
+        self.counts_3C = torch.zeros(3, n, dtype=torch.long, device=device)
+        """Of each class: images, right at 1, right within 5."""
+        self.taken_for = torch.zeros(n * n if n <= CONFUSED else 0, dtype=torch.long, device=device)
+        """Images of class i that are taken for class j at [n·i + j]."""
+        shown = examples if encoder.env.is_main else 0
+        self.examples, self.mistakes = (ExampleKeeper(shown, encoder.mean, encoder.std) for _ in range(2))
+        self._before: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+
+    def add(self, images: Tensor, labels_B: Tensor, logits_BC: Tensor) -> None:
+        n = logits_BC.shape[1]
+        best = logits_BC.topk(min(5, n), dim=1).indices
+        right = best == labels_B[:, None]
+        ones = torch.ones_like(labels_B)
+        self.counts_3C[0].index_add_(0, labels_B, ones)
+        self.counts_3C[1].index_add_(0, labels_B, right[:, 0].long())
+        self.counts_3C[2].index_add_(0, labels_B, right.any(1).long())
+        if len(self.taken_for):
+            self.taken_for.index_add_(0, labels_B * n + best[:, 0], ones)
+        if self.examples.count:
+            self.examples.offer(images, _notes(labels_B, logits_BC))
+            self.offer_mistakes()  # of the batch before, whose numbers the device has by now
+            self._before = images, labels_B, logits_BC, ~right[:, 0]
+
+    def offer_mistakes(self) -> None:
+        if self._before is not None:
+            images, labels, logits, wrong = self._before
+            numbers = wrong.nonzero()[:, 0]
+            self.mistakes.offer(images[numbers.cpu()], _notes(labels[numbers], logits[numbers]))
+            self._before = None
+
+    def reduce(self) -> None:
+        """Sums the counts of all ranks. Collective."""
+        dist.all_reduce(self.counts_3C)
+        dist.all_reduce(self.taken_for)
+
+
+def _notes(labels: Tensor, logits: Tensor) -> Callable[[int], Any]:
+    return lambda i: (int(labels[i]), logits[i].cpu())
 
 
 @dataclass
@@ -73,36 +123,34 @@ class ZeroShot:
         """
         with encoder.evaluating():
             weights_CD = build_classifier(encoder, self.classnames, self.templates)
-            n = len(self.classnames)
-            device = encoder.env.device
-            counts = torch.zeros(3, n, dtype=torch.long, device=device)  # per class: images, right at 1, right within 5
+            tally = _Tally(encoder, len(self.classnames), self.examples)
             faults, strange = EvalFaults(), None
-            keeper = ExampleKeeper(self.examples if encoder.env.is_main else 0, encoder.mean, encoder.std)
             for batch in encoder.batches(self.source, self.task):
                 faults.add(batch["faults"])
-                strange = next((c for c in batch["target"] if not 0 <= c < n), None)
+                strange = next((c for c in batch["target"] if not 0 <= c < len(self.classnames)), None)
                 if strange is not None:
                     break
-                if not batch["target"]:
-                    continue
-                labels = torch.tensor(batch["target"], device=device)
-                logits_BC = encoder.images(batch["image"]) @ weights_CD.T
-                best = logits_BC.topk(min(5, n), dim=1).indices
-                right = best == labels[:, None]
-                ones = torch.ones_like(labels)
-                counts[0].index_add_(0, labels, ones)
-                counts[1].index_add_(0, labels, right[:, 0].long())
-                counts[2].index_add_(0, labels, right.any(1).long())
-                self._offer(keeper, batch["image"], labels, logits_BC)
+                if batch["target"]:
+                    labels_B = torch.tensor(batch["target"], device=encoder.env.device)
+                    tally.add(batch["image"], labels_B, encoder.images(batch["image"]) @ weights_CD.T)
+            tally.offer_mistakes()
             encoder.stop.agree()
             # Raised on every rank, where one alone would leave the others waiting.
             everyone = gather_objects((faults, strange))
             if any(label is not None for _, label in everyone):
                 raise self._strange(next(label for _, label in everyone if label is not None))
             if encoder.env.is_distributed:
-                dist.all_reduce(counts)
-        metrics = self._metrics(counts.cpu(), EvalFaults.of_all([of_rank for of_rank, _ in everyone]))
-        return EvalResult(self.task, "zero_shot", metrics, self._examples(keeper))
+                tally.reduce()
+        counts = tally.counts_3C.cpu()
+        return EvalResult(
+            self.task,
+            "zero_shot",
+            self._metrics(counts, EvalFaults.of_all([of_rank for of_rank, _ in everyone])),
+            examples=self._examples(tally.examples),
+            mistakes=self._examples(tally.mistakes),
+            classes=self._classes(counts),
+            confusions=self._confusions(tally.taken_for.cpu()),
+        )
 
     def _strange(self, label: int) -> EvalError:
         n = len(self.classnames)
@@ -134,9 +182,25 @@ class ZeroShot:
             metrics[f"{name}_top1"] = top1[classes].sum().item() / of_subset
         return metrics
 
-    def _offer(self, keeper: ExampleKeeper, images: Tensor, labels: Tensor, logits: Tensor) -> None:
-        if keeper.count:
-            keeper.offer(images, lambda i: (int(labels[i]), logits[i].cpu()))
+    def _classes(self, counts: Tensor) -> list[dict]:
+        images, top1, _ = counts.tolist()
+        return [
+            {"name": name, "images": seen, "top1": right / seen if seen else None}
+            for name, seen, right in zip(self.classnames, images, top1, strict=True)
+        ]
+
+    def _confusions(self, taken_for: Tensor) -> list[dict]:
+        """Nothing where there are too many classes to count pairs of them."""
+        if not len(taken_for):
+            return []
+        n = len(self.classnames)
+        pairs = taken_for.clone().view(n, n).fill_diagonal_(0).flatten()
+        images, numbers = pairs.topk(min(PAIRS, n * n))
+        return [
+            {"truth": self.classnames[at // n], "taken_for": self.classnames[at % n], "images": count}
+            for count, at in zip(images.tolist(), numbers.tolist(), strict=True)
+            if count
+        ]
 
     def _examples(self, keeper: ExampleKeeper) -> list[dict]:
         examples = []

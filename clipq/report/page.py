@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import base64
-import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from itertools import groupby
-from pathlib import Path
 
+from clipq.report.html import class_, document, example_grid, is_right
 from clipq.report.plots import Plot, color
-from clipq.report.runs import Example, ExampleSet, Run
+from clipq.report.runs import Run
 from clipq.report.stability import Part
 from clipq.report.summary import (
     Quantity,
@@ -25,10 +24,6 @@ from clipq.report.summary import (
     settings,
 )
 
-_IMAGE = re.compile(r"data:image/(?:png|jpeg|webp|gif);base64,[A-Za-z0-9+/=]+")
-_CSS = Path(__file__).with_name("page.css")
-# The browser itself then refuses whatever is not in the page, scripts included.
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 MOST_EVENTS = 50
 """Events that the page lists of a run."""
 _TILES = (
@@ -46,7 +41,6 @@ _TILES = (
 def page(runs: Sequence[Run], plots: Sequence[Plot], stability: Sequence[Part] = ()) -> str:
     """The whole document. Every text of the runs is escaped; equal runs and plots give equal pages."""
     title = ", ".join(run.name for run in runs)
-    css = _CSS.read_text(encoding="utf-8")
     lines = compare(runs)
     body = [_heading(runs)]
     if len(runs) == 1:
@@ -61,13 +55,7 @@ def page(runs: Sequence[Run], plots: Sequence[Plot], stability: Sequence[Part] =
         _settings(runs),
         _environment(runs),
     ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{escape(_POLICY)}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)} · clipq report</title>\n<style>\n{css}</style>\n"
-        "</head>\n<body>\n" + "\n".join(part for part in body if part) + "\n</body>\n</html>\n"
-    )
+    return document(f"{title} · clipq report", [part for part in body if part])
 
 
 def _heading(runs: Sequence[Run]) -> str:
@@ -100,10 +88,6 @@ def _progress(run: Run) -> str:
         ranks = run.environment.get("world_size")
         what.append(f"{ranks} x {device}" if isinstance(ranks, int) and ranks > 1 else device)
     return " · ".join(what)
-
-
-def _class(name: str) -> str:
-    return f' class="{name}"' if name else ""
 
 
 def _chip(index: int) -> str:
@@ -164,7 +148,7 @@ def _comparison(runs: Sequence[Run], lines: Sequence[Quantity]) -> str:
         for line in members:
             best = line.best()
             cells = "".join(
-                f"<td{_class('best' if index in best else '')}>{escape(line.text(index))}</td>"
+                f"<td{class_('best' if index in best else '')}>{escape(line.text(index))}</td>"
                 for index in range(len(runs))
             )
             rows.append(f'<tr><th scope="row">{_line_label(line)}</th>{cells}</tr>')
@@ -175,7 +159,7 @@ def _comparison(runs: Sequence[Run], lines: Sequence[Quantity]) -> str:
 def _table(runs: Sequence[Run], rows: Iterable[str], *, kind: str = "") -> str:
     head = "".join(f'<th scope="col">{_chip(i)}{escape(run.name)}</th>' for i, run in enumerate(runs))
     return (
-        f'<div class="scroll"><table{_class(kind)}>\n'
+        f'<div class="scroll"><table{class_(kind)}>\n'
         f'<thead><tr><th scope="col"></th>{head}</tr></thead>\n<tbody>\n' + "\n".join(rows) + "\n</tbody></table></div>"
     )
 
@@ -193,7 +177,7 @@ def _differences(runs: Sequence[Run]) -> str:
 
 def _setting_row(name: str, values: Sequence[str | None], *, differs: bool) -> str:
     cells = "".join(f"<td>{'—' if v is None else f'<code>{escape(v)}</code>'}</td>" for v in values)
-    mark = _class("differs" if differs else "")
+    mark = class_("differs" if differs else "")
     return f'<tr{mark}><th scope="row"><code>{escape(name)}</code></th>{cells}</tr>'
 
 
@@ -239,48 +223,17 @@ def _examples(runs: Sequence[Run]) -> str:
         for examples in run.examples:
             if not examples.examples:
                 continue
-            right = sum(_is_right(example) for example in examples.examples)
+            right = sum(is_right(example) for example in examples.examples)
             at = f" at step {examples.step:,}" if examples.step is not None else ""
             label = f"{examples.task}{at}: {right} of these {len(examples.examples)} right"
             whose = f"{_chip(index)}{escape(run.name)} · " if len(runs) > 1 else ""
             opened = " open" if index == 0 else ""
             parts.append(
-                f"<details{opened}><summary>{whose}{escape(label)}</summary>\n{_example_grid(examples)}\n</details>"
+                f"<details{opened}><summary>{whose}{escape(label)}</summary>\n{example_grid(examples.examples)}\n</details>"
             )
     if not parts:
         return ""
     return "<section>\n<h2>Examples</h2>\n<p>Scores are cosine similarities.</p>\n" + "\n".join(parts) + "\n</section>"
-
-
-def _example_grid(examples: ExampleSet) -> str:
-    return '<div class="examples">\n' + "\n".join(_example(example) for example in examples.examples) + "\n</div>"
-
-
-def _is_right(example: Example) -> bool:
-    return bool(example.best) and example.best[0][0] in example.truth
-
-
-def _example(example: Example) -> str:
-    if _IMAGE.fullmatch(example.image):
-        image = f'<img alt="{escape(example.truth[0] if example.truth else "")}" src="{example.image}">'
-    else:  # anything but image data could make the page reach out
-        image = '<div class="missing">no image</div>'
-    verdict = '<span class="right">✓ right</span>' if _is_right(example) else '<span class="wrong">✗ wrong</span>'
-    rows = []
-    for caption, score in example.best:
-        true = caption in example.truth
-        share = 100 * score if 0 <= score <= 1 else 0.0
-        rows.append(
-            f'<li{_class("truth" if true else "")}><span class="bar" style="width:{share:.1f}%"></span>'
-            f'<span class="caption">{"✓ " if true else ""}{escape(caption)}</span>'
-            f'<span class="score">{score:.3f}</span></li>'
-        )
-    truth = "<br>".join(escape(t) for t in example.truth)
-    return (
-        f'<div class="example">{image}<div class="text">{verdict} · truth: {truth}\n<ol>'
-        + "".join(rows)
-        + "</ol></div></div>"
-    )
 
 
 def _history(runs: Sequence[Run]) -> str:

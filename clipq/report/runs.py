@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     if not paths:
         raise RunError("no run folder is given: name at least one, as in runs/my-run")
     unique = list({path.resolve(): path for path in paths}.values())
-    names = _names([path.resolve() for path in unique])
+    names = distinct_names([path.resolve() for path in unique])
     return [read_run(path, name=name) for path, name in zip(unique, names, strict=True)]
 
 
@@ -129,6 +129,7 @@ def read_run(path: Path, *, name: str | None = None) -> Run:
     """
     _require_run_folder(path)
     log = _read_metrics(path / METRICS)
+    _add_followed(log, path / "eval" / METRICS)
     if log.count == 0:
         raise RunError(
             f"{path} has no training rows yet: its {METRICS} holds no readable line of kind 'train'. "
@@ -154,7 +155,7 @@ def read_run(path: Path, *, name: str | None = None) -> Run:
     )
 
 
-def _names(resolved: list[Path]) -> list[str]:
+def distinct_names(resolved: list[Path]) -> list[str]:
     """The shortest tails of the paths, at most the whole, that differ from each other."""
     for depth in range(1, max(len(path.parts) for path in resolved) + 1):
         names = ["/".join(path.parts[-depth:]) for path in resolved]
@@ -303,6 +304,15 @@ def _read_metrics(path: Path) -> _Log:
     return log
 
 
+def _add_followed(log: _Log, path: Path) -> None:
+    """Evaluations by `clipq-eval follow=true`, which has a file of its own, of steps that the run knows."""
+    if path.is_file():
+        seconds = dict(zip(log.columns["step"], log.columns["seconds"], strict=True))
+        for key, found in _read_metrics(path).evaluations.items():
+            if found.step in seconds:
+                log.evaluations[key] = replace(found, seconds=seconds[found.step])
+
+
 def _rows(line: str) -> Iterator[dict[str, Any]]:
     """The row of a line; where a kill cut a row and the resumed run went on in the same line, the second."""
     starts = [0, line.rfind('{"kind"')]
@@ -372,11 +382,12 @@ def _example_set(value: dict[str, Any], *, task: str) -> ExampleSet:
         task=str(value.get("task", task)),
         step=step if isinstance(step, int) else None,
         kind=str(value.get("kind", "")),
-        examples=tuple(_example(item) for item in value["examples"]),
+        examples=tuple(example_of(item) for item in value["examples"]),
     )
 
 
-def _example(item: dict[str, Any]) -> Example:
+def example_of(item: dict[str, Any]) -> Example:
+    """An image as an evaluation writes it: {"image", "truth", "best"}; KeyError, TypeError or ValueError otherwise."""
     truth = item["truth"]
     return Example(
         image=str(item["image"]),

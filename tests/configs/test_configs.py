@@ -17,7 +17,11 @@ from clipq.config.schema import EvalJob, TrainJob
 
 FROZEN = Path(__file__).with_name("options.txt")
 GROUPS = sorted(p.name for p in configs_dir().iterdir() if p.is_dir() and p.name != "arch")
-OPTIONS = [(g, p.stem) for g in GROUPS for p in sorted((configs_dir() / g).rglob("*.yaml"))]
+OPTIONS = [
+    (group, str(path.relative_to(configs_dir() / group).with_suffix("")))
+    for group in GROUPS
+    for path in sorted((configs_dir() / group).rglob("*.yaml"))
+]
 
 
 def compose_job(kind: type, name: str, *overrides: str) -> Any:

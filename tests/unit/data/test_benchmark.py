@@ -37,7 +37,7 @@ def benchmark_set(folder: Path, *, retrieval: bool = False) -> Path:
 
 
 def evaluator(**task: str) -> Retrieval | ZeroShot:
-    (found,) = build_evaluators(EvalConfig(tasks={"x": TaskConfig(**task)}))  # pyright: ignore[reportArgumentType]
+    (found,), _ = build_evaluators(EvalConfig(tasks={"x": TaskConfig(**task)}))  # pyright: ignore[reportArgumentType]
     assert isinstance(found, Retrieval | ZeroShot)
     return found
 
@@ -86,9 +86,9 @@ def test_behind_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_pages_of_the_hub_lead_to_their_files() -> None:
-    page = "https://huggingface.co/datasets/clip-benchmark/wds_cifar10/tree/main"
-    files = "https://huggingface.co/datasets/clip-benchmark/wds_cifar10/resolve/main"
-    for root in (page, f"{page}/", files):
+    bare = "https://huggingface.co/datasets/clip-benchmark/wds_cifar10"
+    files = f"{bare}/resolve/main"
+    for root in (bare, f"{bare}/", f"{bare}/tree/main", f"{bare}/tree/main/", files):
         assert BenchmarkSet(root).where("test/0.tar") == f"{files}/test/0.tar"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,17 @@ def test_metrics(tmp_path: Path, workers: int, batch_size: int) -> None:
         best = np.argsort(-scores[n])[:5]
         assert [name for name, _ in example["best"]] == [CLASSES[c] for c in best]
         assert [score for _, score in example["best"]] == pytest.approx(scores[n][best], abs=1e-5)
+    # Classes and pairs of them are counted over all images; mistakes are images of other classes than the best.
+    taken = Counter(zip(FLAT, np.argsort(-scores)[:, 0].tolist(), strict=True))
+    of_class = Counter(FLAT)
+    for number, found in enumerate(result.classes):
+        right = taken[number, number] / of_class[number] if of_class[number] else None
+        assert found == {"name": CLASSES[number], "images": of_class[number], "top1": pytest.approx(right)}
+    confused = {(p["truth"], p["taken_for"]): p["images"] for p in result.confusions}
+    assert confused == {(CLASSES[a], CLASSES[b]): n for (a, b), n in taken.items() if a != b}
+    assert [p["images"] for p in result.confusions] == sorted(confused.values(), reverse=True)
+    assert len(result.mistakes) == 4
+    assert all(m["truth"] != m["best"][0][0] for m in result.mistakes)
     # and the same ones each time
     assert task.run(fake_encoder(workers=workers, batch_size=batch_size)).examples == result.examples
 

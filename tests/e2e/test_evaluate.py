@@ -1,0 +1,99 @@
+"""clipq-eval on many checkpoints and data sets, on a run that is followed, and by two processes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from clipq.report.runs import read_run
+from tests.helpers import colour_shards, command, command_on_two_ranks
+
+STEPS = ["step_00000004", "step_00000008", "step_00000012"]
+TASK = ["eval=zero_shot", "backend=fp32", "device=cpu", "eval.workers=1"]
+
+
+@pytest.fixture(scope="module")
+def trained(world: Path) -> Path:
+    """A run with three checkpoints, and 45 images of four classes: an odd number for two processes."""
+    colour_shards(world / "test", [28, 17])
+    settings = [
+        "model.name=tiny.json",
+        "data.shards=data/*.tar",
+        "backend=fp32",
+        "device=cpu",
+        "batch_size=16",
+        "steps=12",
+    ]
+    rates = ["optim.lr=1e-3", "schedule.warmup=2", "data.workers=0", "name=r"]
+    command("train", *settings, *rates, "checkpoint.every=4", "checkpoint.keep_last=3", cwd=world)
+    return world
+
+
+def task(world: Path, *more: str) -> list[str]:
+    of = "eval.tasks.zero_shot"
+    names = [f"{of}.classnames={world}/test/classnames.txt", f"{of}.templates={world}/test/templates.txt"]
+    return [*TASK, f"{of}.shards={world}/test/*.tar", *names, *more]
+
+
+def test_a_run_is_followed(trained: Path) -> None:
+    done = command("eval", "checkpoint=runs/r", "follow=true", *task(trained), cwd=trained)
+    folder = trained / "runs" / "r" / "eval"
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "metrics.jsonl",
+        *(f"{s}{e}" for s in STEPS for e in (".html", ".json")),
+    ]
+    found = read_run(trained / "runs" / "r").evaluations["zero_shot"]
+    assert [e.step for e in found] == [4, 8, 12]
+    assert [e.metrics["images"] for e in found] == [45, 45, 45]
+    assert all(e.seconds > 0 for e in found), "the time is that of the step"
+    assert done.stdout.count("evaluating") == 3
+    (folder / f"{STEPS[1]}.json").unlink()
+    again = command("eval", "checkpoint=runs/r", "follow=true", *task(trained), cwd=trained)
+    assert again.stdout.count("evaluating") == 1, "the others are there"
+
+
+def test_many_checkpoints_and_a_set_that_is_not_there(trained: Path) -> None:
+    missing = ["eval.tasks={gone: {folder: nowhere, classnames: 'openclip:imagenet', templates: 'openclip:simple'}}"]
+    suite = [*missing, "eval.missing=report", "+eval.averages.all=[zero_shot,gone]"]
+    done = command("eval", "checkpoint=runs/r/checkpoints/step_*", "output=out", *task(trained, *suite), cwd=trained)
+    last = done.stdout[done.stdout.rindex("task ") :]
+    assert last.splitlines()[0].split() == ["task", "metric", *STEPS]
+    records = [json.loads((trained / "out" / f"{step}.json").read_text()) for step in STEPS]
+    tops = [r["results"][0]["metrics"]["top1"] for r in records]
+    assert len(set(tops)) > 1, "each has weights of its own"
+    assert f"{100 * tops[0]:.2f} %" in last
+    assert [r["averages"][0]["missing"] for r in records] == [["gone"]] * 3
+    assert "mean of top1 of 1 of 2 sets" in last
+    assert "nowhere" in records[0]["missing"]["gone"]
+    failed = command("eval", "checkpoint=runs/r", *task(trained, *missing), cwd=trained, check=False)
+    assert failed.returncode == 2
+    assert "nowhere" in failed.stderr, "without a suite's word it is an error"
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["checkpoint=runs/r/checkpoints/none_*"], "nothing matches this pattern"),
+        (["checkpoint=[runs/r,runs/gone]"], "runs/gone"),
+        (["checkpoint=runs", "follow=true"], "expected the folder of a run"),
+        (["checkpoint=[runs/r]", "follow=true"], "expected one run folder"),
+        (["checkpoint=runs/r", "+eval.averages.x=[y]"], "expected names of eval.tasks"),
+    ],
+)
+def test_mistakes(settings: list[str], says: str, trained: Path) -> None:
+    done = command("eval", *settings, *task(trained), cwd=trained, check=False)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(trained: Path) -> None:
+    command("eval", "checkpoint=runs/r", "output=one.json", *task(trained), cwd=trained)
+    done = command_on_two_ranks("eval", "checkpoint=runs/r", "output=two.json", *task(trained), cwd=trained)
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads((trained / name).read_text()) for name in ("one.json", "two.json"))
+    assert one["results"] == two["results"], "classes and confusions among them"
+    assert sum(c["images"] for c in one["results"][0]["classes"]) == 45
