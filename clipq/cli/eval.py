@@ -13,6 +13,7 @@ import yaml
 from clipq.cli.checkpoints import Chosen, as_stored, choose, resolve_checkpoint
 from clipq.cli.train import render_synthetic, synthetic
 from clipq.config.checks import ConfigError
+from clipq.config.choices import Switch
 from clipq.config.hydra import run
 from clipq.config.schema import EvalJob, check_backend
 from clipq.dist.slurm import adopt
@@ -88,7 +89,7 @@ class Evaluation:
             ConfigError: its weights do not load, or an evaluator cannot use its data.
         """
         from clipq.build import build_model, reported_as_config_error
-        from clipq.build_backend import convert
+        from clipq.build_backend import compile_blocks, convert
         from clipq.build_eval import build_encoder
         from clipq.eval.common import EvalError
         from clipq.eval.results import record_of, table
@@ -99,6 +100,8 @@ class Evaluation:
             clip = build_model(as_stored(job, one.model))
         clip.model.to(env.device)
         convert(clip, job.backend, pairs=job.eval.batch_size, training=False)
+        if job.backend.compile is Switch.on:  # a minute, which few data sets are worth
+            compile_blocks(clip.model, job.backend, env)
         log.info("evaluating %s (%s) on %s in %s", one.name, one.model.name, env.device, job.backend.precision.value)
         encoder = build_encoder(clip, job.backend, job.eval, env, self.console)
         try:

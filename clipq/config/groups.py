@@ -76,7 +76,7 @@ class BackendConfig:
     """Leave blocks in 16 bits where the recipe would be slower: `auto` by the table that comes with clipq for this GPU,
     or a file made by `python -m clipq.lowp.measure`; `off` converts all."""
     compile: Switch = Switch.auto
-    """torch.compile each block: auto compiles on CUDA only."""
+    """torch.compile each block: `auto` does it on CUDA, and in training only, for it takes a minute."""
     cuda_graph: Switch = Switch.auto
     """Record forward and backward of the training step as a CUDA graph, so that launches cost nothing. `auto` does it
     on GPUs for models all of whose blocks are clipq's, without hybrid shards (HSDP), gradient checkpointing and

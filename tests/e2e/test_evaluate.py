@@ -90,6 +90,18 @@ def test_mistakes(settings: list[str], says: str, trained: Path) -> None:
 
 
 @pytest.mark.slow
+def test_compiled_blocks_find_the_same(trained: Path) -> None:
+    found = {}
+    for compiled in ("on", "auto"):
+        settings = [f"backend.compile={compiled}", f"output={compiled}.json", *task(trained)]
+        cache = trained / f"compiled_{compiled}"
+        command("eval", "checkpoint=runs/r", *settings, cwd=trained, TORCHINDUCTOR_CACHE_DIR=str(cache))
+        found[compiled] = json.loads((trained / f"{compiled}.json").read_text())["results"]
+        assert cache.exists() == (compiled == "on"), "what inductor made"
+    assert found["on"] == found["auto"]
+
+
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(trained: Path) -> None:
     command("eval", "checkpoint=runs/r", "output=one.json", *task(trained), cwd=trained)
     done = command_on_two_ranks("eval", "checkpoint=runs/r", "output=two.json", *task(trained), cwd=trained)
