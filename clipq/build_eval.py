@@ -14,7 +14,8 @@ from clipq.build_backend import AUTOCAST
 from clipq.build_data import build_captions, interpolation
 from clipq.config.checks import ConfigError
 from clipq.config.choices import TaskKind
-from clipq.config.groups import BackendConfig, EvalConfig, TaskConfig
+from clipq.config.evaluation import EvalConfig, TaskConfig
+from clipq.config.groups import BackendConfig
 from clipq.data.benchmark import CLASSNAMES, RETRIEVAL, TEMPLATES, BenchmarkSet
 from clipq.data.decode import Captions
 from clipq.data.evalset import EvalShards, ImageFolder

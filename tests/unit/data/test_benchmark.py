@@ -8,7 +8,7 @@ import pytest
 
 from clipq.build_eval import build_evaluators
 from clipq.config.checks import ConfigError
-from clipq.config.groups import EvalConfig, TaskConfig
+from clipq.config.evaluation import EvalConfig, TaskConfig
 from clipq.data.benchmark import CLASSIFICATION, CLASSNAMES, RETRIEVAL, BenchmarkSet
 from clipq.data.evalset import EvalShards
 from clipq.eval.retrieval import Retrieval
