@@ -17,12 +17,26 @@ class TaskConfig:
     shards: Any = None
     """Evaluation shards, as `data.shards`: members image + `cls`, or image + captions for retrieval."""
     folder: str | None = None
-    """In place of shards: a folder of images, one sub-folder for each class in the order of their names."""
+    """In place of shards: a folder of images, one sub-folder for each class; or of images that `labels` or
+    `annotations` speak of."""
+    class_ids: str = "position"
+    """How sub-folders of `folder`, or the entries of `labels`, name classes. position: class n is the n-th sub-folder
+    in the order of names; number: by its number, from 0; imagenet: by its WordNet id, of ImageNet's 1000 classes; or a
+    file with such a name a line, line n naming class n."""
+    present_only: bool = False
+    """Of `folder`: score images against the classes alone that are there, as is usual for ImageNet-A and -R with 200 of
+    ImageNet's 1000 classes."""
+    labels: str | None = None
+    """Of `folder` with no sub-folders for classes: a file with lines of file name and class, or with a class a line in
+    the order of file names, or Kaggle's LOC_val_solution.csv."""
+    annotations: str | None = None
+    """Of `folder`, for retrieval: a JSON file with the captions, as COCO's captions_val2014.json or Karpathy's
+    dataset_coco.json and dataset_flickr30k.json."""
     benchmark: str | None = None
     """In place of shards: a data set in CLIP_benchmark's layout, a folder or an address, with class names, templates
     and what kind of task it is."""
     split: str = "test"
-    """Of `benchmark`: the folder of its shards."""
+    """Of `benchmark`: the folder of its shards; of Karpathy's `annotations`: which of the images."""
     image: str = "jpg;jpeg;png;webp"
     """Member extensions that hold the image."""
     classnames: str | None = None
@@ -34,6 +48,8 @@ class TaskConfig:
     """Name -> file with a class name a line: the accuracy on those classes is reported too, scored against all."""
     caption: CaptionConfig = field(default_factory=CaptionConfig)
     """For retrieval: where captions are; every caption counts."""
+    max_captions: int | None = None
+    """For retrieval: at most so many captions of an image, the first ones; None for all."""
 
 
 @dataclass
@@ -63,18 +79,57 @@ def _check_task(where: str, task: TaskConfig) -> None:
     require(len(given) == 1, f"{where}: set exactly one of shards=, folder= and benchmark=")
     if task.shards is not None:
         strings(f"{where}.shards", task.shards)
+    _check_folder(where, task)
+    require(
+        task.max_captions is None or (task.max_captions >= 1 and not _classifies(task)),
+        f"{where}.max_captions={task.max_captions}: expected 1 or more, of a task of kind=retrieval, or null for all",
+    )
     if task.benchmark is not None:
         return
-    if task.kind is TaskKind.zero_shot:
+    if _classifies(task):
         require(
             task.classnames is not None,
             f"{where}.classnames is not set: name a file with a class name a line",
         )
         require(task.templates is not None, f"{where}.templates is not set: name a file with a template a line")
     else:
-        require(task.folder is None, f"{where}.folder: retrieval reads shards, where captions stand beside images")
         require(
             isinstance(task.caption.field, str),
             f"{where}.caption.field={task.caption.field}: every caption of a field counts in an evaluation, none by "
             "chance: expected one field, 'txt' or 'json.NAME'",
         )
+
+
+def _classifies(task: TaskConfig) -> bool:
+    """A benchmark says itself what it is."""
+    return task.benchmark is None and task.kind is not TaskKind.retrieval
+
+
+def _check_folder(where: str, task: TaskConfig) -> None:
+    """What belongs to `folder` alone."""
+    of_classes = task.folder is not None and _classifies(task)
+    for name, default in (("class_ids", "position"), ("present_only", False), ("labels", None)):
+        value = getattr(task, name)
+        require(
+            value == default or of_classes,
+            f"{where}.{name}={str(value).lower() if value is True else value}: it is for kind=zero_shot with folder=",
+        )
+    require(
+        not task.present_only or task.class_ids != "position",
+        f"{where}.present_only=true with class_ids=position: which classes are there is not to be seen from the place "
+        "of a sub-folder: set class_ids to imagenet, number, or a file with a name a line",
+    )
+    require(
+        task.labels is None or task.class_ids != "position",
+        f"{where}.labels={task.labels}: set class_ids to what it names classes by: imagenet (WordNet ids), number "
+        "(class numbers from 0), or a file with a name a line",
+    )
+    require(
+        task.annotations is None or (task.folder is not None and task.kind is TaskKind.retrieval),
+        f"{where}.annotations={task.annotations}: it is for kind=retrieval with folder=, the folder of its images",
+    )
+    require(
+        task.folder is None or task.kind is not TaskKind.retrieval or task.annotations is not None,
+        f"{where}.folder={task.folder} with kind=retrieval: set annotations to a JSON file with the captions of its "
+        "images, or shards= in place of folder=",
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,6 +49,11 @@ class EvalFaults:
 
 class Source(Protocol):
     """Where evaluation samples come from."""
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """What it was made of, by the names of a task's settings: for messages about samples at fault."""
+        ...
 
     def share(self, lane: int, lanes: int) -> Iterator[tuple[str, bytes, Any]]:
         """(name, encoded image, target) of each sample that falls to this lane. A ValueError target marks a fault, a
@@ -95,6 +100,7 @@ class EvalShards:
     target: Callable[[Sample], Any] = label_of
     """What belongs to the image of a sample, such as `Captions.all`; or a ValueError that says why there is nothing."""
     image: str = "jpg;jpeg;png;webp"
+    settings: tuple[str, ...] = ("image", "shards")
 
     def share(self, lane: int, lanes: int) -> Iterator[tuple[str, bytes, Any]]:
         broken = _Broken()
@@ -113,10 +119,12 @@ _HIDDEN = re.compile(r"\.|__MACOSX$")
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """One sub-folder for each class; class n is the n-th sub-folder in the order of their names. Hidden ones are none,
-    nor is what macOS leaves in archives."""
+    """One sub-folder for each class. Hidden ones are none, nor is what macOS leaves in archives."""
 
     folder: str
+    numbers: Mapping[str, int] | None = None
+    """Class of each sub-folder, by its name; None where class n is the n-th in the order of names."""
+    settings: tuple[str, ...] = ("folder",)
 
     def classes(self) -> list[Path]:
         """Sub-folders in order.
@@ -132,17 +140,32 @@ class ImageFolder:
 
     def share(self, lane: int, lanes: int) -> Iterator[tuple[str, bytes, Any]]:
         number = 0
-        for label, folder in enumerate(self.classes()):
+        for position, folder in enumerate(self.classes()):
+            label = position if self.numbers is None else self.numbers[folder.name]
             for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES):
                 if number % lanes == lane:
-                    yield self._sample(path, label)
+                    yield _read(path, label)
                 number += 1
 
-    def _sample(self, path: Path, label: int) -> tuple[str, bytes, Any]:
-        try:
-            return str(path), path.read_bytes(), label
-        except OSError as error:  # no permission, a dangling link, a folder of such a name
-            return str(path), b"", ValueError(str(error))
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Image files with what belongs to each."""
+
+    files: Sequence[tuple[str, Any]]
+    """(path, target); a ValueError as target says why there is none."""
+    settings: tuple[str, ...] = ("folder",)
+
+    def share(self, lane: int, lanes: int) -> Iterator[tuple[str, bytes, Any]]:
+        for path, target in self.files[lane::lanes]:
+            yield _read(Path(path), target)
+
+
+def _read(path: Path, target: Any) -> tuple[str, bytes, Any]:
+    try:
+        return str(path), path.read_bytes(), target
+    except OSError as error:  # no such file, no permission, a dangling link, a folder of such a name
+        return str(path), b"", ValueError(str(error))
 
 
 def first_targets(source: Source, count: int = 100) -> list[Any]:

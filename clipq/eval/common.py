@@ -144,6 +144,12 @@ class Evaluator(Protocol):
         ...
 
 
+def to_check(task: str, source: Source) -> str:
+    """A sentence about the settings that a task's samples come from."""
+    *others, last = [f"eval.tasks.{task}.{name}" for name in source.settings]
+    return f"Check {', '.join(others)}{' and ' if others else ''}{last}"
+
+
 class ExampleKeeper:
     """A random choice of `count` images of a stream of unknown length (reservoir sampling), the same each time."""
 
