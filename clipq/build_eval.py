@@ -17,17 +17,18 @@ from clipq.config.checks import ConfigError
 from clipq.config.choices import TaskKind
 from clipq.config.evaluation import EvalConfig, TaskConfig
 from clipq.config.groups import BackendConfig
-from clipq.data.benchmark import CLASSNAMES, RETRIEVAL, TEMPLATES, BenchmarkSet
+from clipq.data.benchmark import CLASSNAMES, MULTILABEL, RETRIEVAL, TEMPLATES, BenchmarkSet
 from clipq.data.captioned import captioned_files
 from clipq.data.classes import class_numbers, labelled_files
 from clipq.data.decode import Captions
-from clipq.data.evalset import EvalShards, ImageFiles, ImageFolder, Source
+from clipq.data.evalset import EvalShards, ImageFiles, ImageFolder, Source, label_of, labels_of
 from clipq.data.loader import default_workers
 from clipq.data.shards import expand
 from clipq.dist.env import DistEnv
 from clipq.dist.shard import Sharded
 from clipq.dist.stop import Stop
 from clipq.eval.common import Encoder, Evaluator
+from clipq.eval.multi_label import MultiLabel
 from clipq.eval.prompts import (
     checked_classnames,
     checked_templates,
@@ -95,18 +96,15 @@ def _evaluator(name: str, task: TaskConfig, examples: int) -> Evaluator:
     assert task.classnames is not None  # the schema refuses such a task
     assert task.templates is not None
     classnames = read_classnames(task.classnames)
+    templates = read_templates(task.templates)
+    if task.kind is TaskKind.multi_label:
+        return MultiLabel(name, EvalShards(expand(task.shards), labels_of, task.image), classnames, templates, examples)
     if task.folder is None:
         source = EvalShards(expand(task.shards), image=task.image)
     else:
         source, classnames = _classified_files(name, task, classnames)
-    return ZeroShot(
-        name,
-        source,
-        classnames,
-        read_templates(task.templates),
-        {subset: subset_indices(file, classnames) for subset, file in task.subsets.items()},
-        examples,
-    )
+    subsets = {subset: subset_indices(file, classnames) for subset, file in task.subsets.items()}
+    return ZeroShot(name, source, classnames, templates, subsets, examples)
 
 
 def _captioned(name: str, task: TaskConfig) -> Source:
@@ -153,13 +151,14 @@ def _saying(setting: str) -> Iterator[None]:
 
 def _of_benchmark(name: str, task: TaskConfig, data: BenchmarkSet, examples: int) -> Evaluator:
     try:
-        if data.kind() == RETRIEVAL:
+        kind, settings = data.kind(), ("benchmark", "split", "image")
+        if kind == RETRIEVAL:
             captions = Captions("txt", lines=True).all
-            source = EvalShards(data.shards(), captions, task.image, ("benchmark", "split", "image"))
+            source = EvalShards(data.shards(), captions, task.image, settings)
             return Retrieval(name, source, examples, task.max_captions)
         if task.max_captions is not None:
             raise ConfigError(f"eval.tasks.{name}.max_captions={task.max_captions}: {task.benchmark} is no retrieval")
-        source = EvalShards(data.shards(), image=task.image, settings=("benchmark", "split", "image"))
+        source = EvalShards(data.shards(), labels_of if kind == MULTILABEL else label_of, task.image, settings)
         if task.classnames is None:
             where = data.where(CLASSNAMES)
             classnames = checked_classnames(lines_of(data.read(CLASSNAMES), where), where)
@@ -175,5 +174,9 @@ def _of_benchmark(name: str, task: TaskConfig, data: BenchmarkSet, examples: int
             f"eval.tasks.{name}.benchmark={task.benchmark}: {error}. Expected {task.split}/nshards.txt, "
             f"{task.split}/0.tar … and, for classification, {CLASSNAMES} and {TEMPLATES}"
         ) from error
+    if kind == MULTILABEL:
+        if task.subsets:
+            raise ConfigError(f"eval.tasks.{name}.subsets: {task.benchmark} is multilabel, which has no accuracy")
+        return MultiLabel(name, source, classnames, templates, examples)
     subsets = {subset: subset_indices(file, classnames) for subset, file in task.subsets.items()}
     return ZeroShot(name, source, classnames, templates, subsets, examples)

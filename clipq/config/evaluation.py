@@ -13,9 +13,11 @@ from clipq.config.data import CaptionConfig
 @dataclass
 class TaskConfig:
     kind: TaskKind = TaskKind.zero_shot
-    """zero_shot (classification) or retrieval (image to text and back)."""
+    """zero_shot (classification), retrieval (image to text and back), or multi_label (classification of images that
+    show several classes). A `benchmark` says itself what it is."""
     shards: Any = None
-    """Evaluation shards, as `data.shards`: members image + `cls`, or image + captions for retrieval."""
+    """Evaluation shards, as `data.shards`: members image + `cls`, or image + captions for retrieval, or image + `npy`
+    (an array of 0 and 1, one for each class) for multi_label."""
     folder: str | None = None
     """In place of shards: a folder of images, one sub-folder for each class; or of images that `labels` or
     `annotations` speak of."""
@@ -81,6 +83,10 @@ def _check_task(where: str, task: TaskConfig) -> None:
         strings(f"{where}.shards", task.shards)
     _check_folder(where, task)
     require(
+        not task.subsets or task.kind is not TaskKind.multi_label,
+        f"{where}.subsets: kind=multi_label has no accuracy on some of the classes",
+    )
+    require(
         task.max_captions is None or (task.max_captions >= 1 and not _classifies(task)),
         f"{where}.max_captions={task.max_captions}: expected 1 or more, of a task of kind=retrieval, or null for all",
     )
@@ -107,7 +113,11 @@ def _classifies(task: TaskConfig) -> bool:
 
 def _check_folder(where: str, task: TaskConfig) -> None:
     """What belongs to `folder` alone."""
-    of_classes = task.folder is not None and _classifies(task)
+    of_classes = task.folder is not None and task.kind is TaskKind.zero_shot
+    require(
+        task.folder is None or task.kind is not TaskKind.multi_label,
+        f"{where}.folder={task.folder} with kind=multi_label: an image in a folder has one class: set shards=",
+    )
     for name, default in (("class_ids", "position"), ("present_only", False), ("labels", None)):
         value = getattr(task, name)
         require(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import logging
 import re
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -90,6 +92,26 @@ def label_of(sample: Sample) -> int:
         return int(label)
     except ValueError:
         raise ValueError(f"its cls member {label[:20]!r} is not a class number") from None
+
+
+def labels_of(sample: Sample) -> np.ndarray:
+    """Which classes an image shows, [C] bool, from the `npy` member: 0 or 1 for each class.
+
+    Raises:
+        ValueError: there is none, or it is something else.
+    """
+    data = member(sample, "npy")
+    if data is None:
+        raise ValueError("no npy member")
+    try:
+        labels = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"its npy member cannot be read: {error}") from error
+    # np.load also opens archives of several arrays, and arrays of text
+    fits = isinstance(labels, np.ndarray) and labels.ndim == 1 and labels.dtype.kind in "biuf"
+    if not fits or not np.isin(labels, (0, 1)).all():
+        raise ValueError("its npy member is not a 0 or 1 for each class")
+    return labels.astype(bool)
 
 
 @dataclass(frozen=True)
