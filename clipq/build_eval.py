@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import cast
 
 from open_clip.transform import image_transform
@@ -15,16 +16,20 @@ from clipq.build_backend import AUTOCAST
 from clipq.build_data import build_captions, interpolation
 from clipq.config.checks import ConfigError
 from clipq.config.choices import MissingData, TaskKind
-from clipq.config.groups import BackendConfig, EvalConfig, TaskConfig
-from clipq.data.benchmark import CLASSNAMES, RETRIEVAL, TEMPLATES, BenchmarkSet
+from clipq.config.evaluation import EvalConfig, TaskConfig
+from clipq.config.groups import BackendConfig
+from clipq.data.benchmark import CLASSNAMES, MULTILABEL, RETRIEVAL, TEMPLATES, BenchmarkSet
+from clipq.data.captioned import captioned_files
+from clipq.data.classes import class_numbers, labelled_files
 from clipq.data.decode import Captions
-from clipq.data.evalset import EvalShards, ImageFolder
+from clipq.data.evalset import EvalShards, ImageFiles, ImageFolder, Source, label_of, labels_of
 from clipq.data.loader import default_workers
 from clipq.data.shards import expand
 from clipq.dist.env import DistEnv
 from clipq.dist.shard import Sharded
 from clipq.dist.stop import Stop
 from clipq.eval.common import Encoder, Evaluator
+from clipq.eval.multi_label import MultiLabel
 from clipq.eval.prompts import (
     checked_classnames,
     checked_templates,
@@ -102,48 +107,85 @@ def _absent(task: TaskConfig) -> str | None:
     try:
         if task.benchmark is not None:
             BenchmarkSet(task.benchmark, task.split).shards()
-        elif task.folder is not None:
-            ImageFolder(task.folder).classes()
-        else:
+        elif task.shards is not None:
             expand(task.shards)
     except FileNotFoundError as error:
         return str(error)
-    return None
+    named = (task.folder, task.labels, task.annotations)
+    return next((f"{path}: there is none" for path in named if path and not Path(path).expanduser().exists()), None)
 
 
 def _evaluator(name: str, task: TaskConfig, examples: int) -> Evaluator:
     if task.benchmark is not None:
         return _of_benchmark(name, task, BenchmarkSet(task.benchmark, task.split), examples)
     if task.kind is TaskKind.retrieval:
-        source = EvalShards(expand(task.shards), build_captions(task.caption).all, task.image)
-        return Retrieval(name, source, examples)
+        return Retrieval(name, _captioned(name, task), examples, task.max_captions)
     assert task.classnames is not None  # the schema refuses such a task
     assert task.templates is not None
     classnames = read_classnames(task.classnames)
-    if task.folder is not None:
-        source = ImageFolder(task.folder)
-        if len(source.classes()) != len(classnames):
-            raise ConfigError(
-                f"eval.tasks.{name}: {task.folder} has {len(source.classes())} sub-folders, but {task.classnames} "
-                f"names {len(classnames)} classes: class n is the n-th sub-folder"
-            )
-    else:
+    templates = read_templates(task.templates)
+    if task.kind is TaskKind.multi_label:
+        return MultiLabel(name, EvalShards(expand(task.shards), labels_of, task.image), classnames, templates, examples)
+    if task.folder is None:
         source = EvalShards(expand(task.shards), image=task.image)
-    return ZeroShot(
-        name,
-        source,
-        classnames,
-        read_templates(task.templates),
-        {subset: subset_indices(file, classnames) for subset, file in task.subsets.items()},
-        examples,
-    )
+    else:
+        source, classnames = _classified_files(name, task, classnames)
+    subsets = {subset: subset_indices(file, classnames) for subset, file in task.subsets.items()}
+    return ZeroShot(name, source, classnames, templates, subsets, examples)
+
+
+def _captioned(name: str, task: TaskConfig) -> Source:
+    if task.folder is None:
+        settings = ("caption.field", "image", "shards")
+        return EvalShards(expand(task.shards), build_captions(task.caption).all, task.image, settings)
+    assert task.annotations is not None  # the schema refuses such a task
+    with _saying(f"eval.tasks.{name}.annotations={task.annotations}"):
+        files = captioned_files(task.annotations, task.folder, task.split)
+    return ImageFiles(files, ("folder", "annotations"))
+
+
+def _classified_files(name: str, task: TaskConfig, classnames: list[str]) -> tuple[Source, list[str]]:
+    """The images of a folder, and the names of the classes that they are scored against."""
+    assert task.folder is not None
+    files: list[tuple[str, str]] = []
+    if task.labels is None:
+        names = [path.name for path in ImageFolder(task.folder).classes()]
+    else:
+        with _saying(f"eval.tasks.{name}.labels={task.labels}"):
+            files = labelled_files(task.labels, task.folder)
+        names = [label for _, label in files]
+    with _saying(f"eval.tasks.{name}.class_ids={task.class_ids}, {task.labels or task.folder}"):
+        numbers = class_numbers(names, task.class_ids, len(classnames))
+    present = sorted(set(numbers.values()))
+    if task.present_only:
+        classnames = [classnames[c] for c in present]
+        numbers = {key: present.index(c) for key, c in numbers.items()}
+    elif len(present) < len(classnames):
+        log.warning("eval.tasks.%s: only %d of %d classes are there", name, len(present), len(classnames))
+    if task.labels is None:
+        return ImageFolder(task.folder, numbers), classnames
+    return ImageFiles([(path, numbers[label]) for path, label in files], ("folder", "labels")), classnames
+
+
+@contextmanager
+def _saying(setting: str) -> Iterator[None]:
+    """A mistake in what a setting names is told with the setting."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{setting}: {error}") from error
 
 
 def _of_benchmark(name: str, task: TaskConfig, data: BenchmarkSet, examples: int) -> Evaluator:
     try:
-        if data.kind() == RETRIEVAL:
-            return Retrieval(name, EvalShards(data.shards(), Captions("txt", lines=True).all, task.image), examples)
-        source = EvalShards(data.shards(), image=task.image)
+        kind, settings = data.kind(), ("benchmark", "split", "image")
+        if kind == RETRIEVAL:
+            captions = Captions("txt", lines=True).all
+            source = EvalShards(data.shards(), captions, task.image, settings)
+            return Retrieval(name, source, examples, task.max_captions)
+        if task.max_captions is not None:
+            raise ConfigError(f"eval.tasks.{name}.max_captions={task.max_captions}: {task.benchmark} is no retrieval")
+        source = EvalShards(data.shards(), labels_of if kind == MULTILABEL else label_of, task.image, settings)
         if task.classnames is None:
             where = data.where(CLASSNAMES)
             classnames = checked_classnames(lines_of(data.read(CLASSNAMES), where), where)
@@ -159,5 +201,9 @@ def _of_benchmark(name: str, task: TaskConfig, data: BenchmarkSet, examples: int
             f"eval.tasks.{name}.benchmark={task.benchmark}: {error}. Expected {task.split}/nshards.txt, "
             f"{task.split}/0.tar … and, for classification, {CLASSNAMES} and {TEMPLATES}"
         ) from error
+    if kind == MULTILABEL:
+        if task.subsets:
+            raise ConfigError(f"eval.tasks.{name}.subsets: {task.benchmark} is multilabel, which has no accuracy")
+        return MultiLabel(name, source, classnames, templates, examples)
     subsets = {subset: subset_indices(file, classnames) for subset, file in task.subsets.items()}
     return ZeroShot(name, source, classnames, templates, subsets, examples)

@@ -64,7 +64,7 @@ def test_imports_point_downward() -> None:
 
 def test_configuration_imports_nothing_of_clipq() -> None:
     """A mistake in the configuration is told before torch is imported."""
-    for name in ("choices", "groups", "watch", "schema"):
+    for name in ("choices", "groups", "evaluation", "watch", "schema"):
         assert all(m.startswith("clipq.config.") for m in imports(PACKAGE / "config" / f"{name}.py"))
 
 

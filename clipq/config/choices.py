@@ -73,6 +73,7 @@ class Strategy(Enum):
 class TaskKind(Enum):
     zero_shot = "zero_shot"
     retrieval = "retrieval"
+    multi_label = "multi_label"
 
 
 class MissingData(Enum):

@@ -4,26 +4,13 @@ class."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from omegaconf import MISSING
 
-from clipq.config.checks import require, strings
-from clipq.config.choices import (
-    Decay,
-    Fp8,
-    MissingData,
-    Optimizer,
-    Precision,
-    Recipe,
-    Strategy,
-    Switch,
-    TaskKind,
-    Wandb,
-)
-from clipq.config.data import CaptionConfig
+from clipq.config.checks import require
+from clipq.config.choices import Decay, Fp8, Optimizer, Precision, Recipe, Strategy, Switch, Wandb
 
 
 @dataclass
@@ -273,83 +260,6 @@ class LogConfig:
         require(
             self.profile is None or (len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1]),
             f"log.profile={self.profile}: expected [first, last], steps counted from 1",
-        )
-
-
-@dataclass
-class TaskConfig:
-    kind: TaskKind = TaskKind.zero_shot
-    """zero_shot (classification) or retrieval (image to text and back)."""
-    shards: Any = None
-    """Evaluation shards, as `data.shards`: members image + `cls`, or image + captions for retrieval."""
-    folder: str | None = None
-    """In place of shards: a folder of images, one sub-folder for each class in the order of their names."""
-    benchmark: str | None = None
-    """In place of shards: a data set in CLIP_benchmark's layout, a folder or an address, with class names, templates
-    and what kind of task it is."""
-    split: str = "test"
-    """Of `benchmark`: the folder of its shards."""
-    image: str = "jpg;jpeg;png;webp"
-    """Member extensions that hold the image."""
-    classnames: str | None = None
-    """A file with a class name a line, line n naming class n; or `openclip:imagenet`. Goes before a benchmark's own."""
-    templates: str | None = None
-    """A file with a prompt template a line, `{}` or `{c}` for the class; or `openclip:imagenet` (80 templates), or
-    `openclip:simple` (7)."""
-    subsets: dict[str, str] = field(default_factory=dict)
-    """Name -> file with a class name a line: the accuracy on those classes is reported too, scored against all."""
-    caption: CaptionConfig = field(default_factory=CaptionConfig)
-    """For retrieval: where captions are; every caption counts."""
-
-
-@dataclass
-class EvalConfig:
-    root: str | None = None
-    """Folder of the evaluation data, for tasks to refer to."""
-    every: int = 0
-    """Evaluate every so many steps; 0 evaluates at the end only."""
-    batch_size: int = 256
-    """Images at a time on each rank."""
-    workers: int | None = None
-    """Loader processes for each rank; None as `data.workers`."""
-    examples: int = 12
-    """Images of each task kept with their best captions for the report."""
-    tasks: dict[str, TaskConfig] = field(default_factory=dict)
-    """Name -> what to evaluate."""
-    missing: MissingData = MissingData.error
-    """What a task whose data are not there is: an error, or (suites) told in the results as missing."""
-    averages: dict[str, list[str]] = field(default_factory=dict)
-    """Name -> tasks: the mean of their main metrics (`clipq-eval`), which says how many of them it is of."""
-
-    def __post_init__(self) -> None:
-        require(self.every >= 0, f"eval.every={self.every}: expected 0 or more steps")
-        require(self.batch_size >= 1, f"eval.batch_size={self.batch_size}: expected 1 or more")
-        for name, task in self.tasks.items():
-            _check_task(f"eval.tasks.{name}", task)
-        for name, tasks in self.averages.items():
-            unknown = [task for task in tasks if task not in self.tasks]
-            require(bool(tasks) and not unknown, f"eval.averages.{name}={tasks}: expected names of eval.tasks")
-
-
-def _check_task(where: str, task: TaskConfig) -> None:
-    given = [name for name in ("shards", "folder", "benchmark") if getattr(task, name) is not None]
-    require(len(given) == 1, f"{where}: set exactly one of shards=, folder= and benchmark=")
-    if task.shards is not None:
-        strings(f"{where}.shards", task.shards)
-    if task.benchmark is not None:
-        return
-    if task.kind is TaskKind.zero_shot:
-        require(
-            task.classnames is not None,
-            f"{where}.classnames is not set: name a file with a class name a line",
-        )
-        require(task.templates is not None, f"{where}.templates is not set: name a file with a template a line")
-    else:
-        require(task.folder is None, f"{where}.folder: retrieval reads shards, where captions stand beside images")
-        require(
-            isinstance(task.caption.field, str),
-            f"{where}.caption.field={task.caption.field}: every caption of a field counts in an evaluation, none by "
-            "chance: expected one field, 'txt' or 'json.NAME'",
         )
 
 

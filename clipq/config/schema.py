@@ -15,11 +15,11 @@ from omegaconf import MISSING
 from clipq.config.checks import require, strings
 from clipq.config.choices import Device, GuardPolicy, Loss, Precision, Recipe, Resume, Strategy, Switch
 from clipq.config.data import DataConfig
+from clipq.config.evaluation import EvalConfig
 from clipq.config.groups import (
     SHARDING,
     BackendConfig,
     CheckpointConfig,
-    EvalConfig,
     LogConfig,
     ModelConfig,
     OptimConfig,

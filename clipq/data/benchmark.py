@@ -4,7 +4,8 @@
     test/nshards.txt  test/0.tar  test/1.tar  …
 
 A folder, or an address of the same. `dataset_type.txt` says `retrieval` where samples have captions, a line each of
-`txt`, in place of a `cls`; without it they are classified.
+`txt`, in place of a `cls`, and `multilabel` where they have a 0 or 1 for each class in `npy`; without it they are
+classified.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from clipq.data.remote import is_url, open_url, require_protocol
 
 CLASSNAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
-CLASSIFICATION, RETRIEVAL = "classification", "retrieval"
+CLASSIFICATION, RETRIEVAL, MULTILABEL = "classification", "retrieval", "multilabel"
 _HUB = re.compile(r"(https://huggingface\.co/datasets/[^/]+/[^/]+)(?:/(?:tree|blob|resolve)/([^/]+))?/?")
 
 
@@ -34,7 +35,7 @@ class BenchmarkSet:
     split: str = "test"
 
     def kind(self) -> str:
-        """`CLASSIFICATION` or `RETRIEVAL`.
+        """`CLASSIFICATION`, `RETRIEVAL` or `MULTILABEL`.
 
         Raises:
             ValueError: another kind.
@@ -43,8 +44,8 @@ class BenchmarkSet:
             kind = self.read("dataset_type.txt").strip().lower()
         except FileNotFoundError:
             return CLASSIFICATION
-        if kind not in (CLASSIFICATION, RETRIEVAL):
-            raise ValueError(f"{self.where('dataset_type.txt')}: {kind!r}: expected {CLASSIFICATION} or {RETRIEVAL}")
+        if kind not in (known := (CLASSIFICATION, RETRIEVAL, MULTILABEL)):
+            raise ValueError(f"{self.where('dataset_type.txt')}: {kind!r}: expected {', '.join(known)}")
         return kind
 
     def shards(self) -> list[str]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -50,6 +52,11 @@ class EvalFaults:
 class Source(Protocol):
     """Where evaluation samples come from."""
 
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """What it was made of, by the names of a task's settings: for messages about samples at fault."""
+        ...
+
     def share(self, lane: int, lanes: int) -> Iterator[tuple[str, bytes, Any]]:
         """(name, encoded image, target) of each sample that falls to this lane. A ValueError target marks a fault, a
         BrokenShardError one that is no sample but a shard of which samples are missing."""
@@ -87,6 +94,26 @@ def label_of(sample: Sample) -> int:
         raise ValueError(f"its cls member {label[:20]!r} is not a class number") from None
 
 
+def labels_of(sample: Sample) -> np.ndarray:
+    """Which classes an image shows, [C] bool, from the `npy` member: 0 or 1 for each class.
+
+    Raises:
+        ValueError: there is none, or it is something else.
+    """
+    data = member(sample, "npy")
+    if data is None:
+        raise ValueError("no npy member")
+    try:
+        labels = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"its npy member cannot be read: {error}") from error
+    # np.load also opens archives of several arrays, and arrays of text
+    fits = isinstance(labels, np.ndarray) and labels.ndim == 1 and labels.dtype.kind in "biuf"
+    if not fits or not np.isin(labels, (0, 1)).all():
+        raise ValueError("its npy member is not a 0 or 1 for each class")
+    return labels.astype(bool)
+
+
 @dataclass(frozen=True)
 class EvalShards:
     """Shards of images and of what belongs to them."""
@@ -95,6 +122,7 @@ class EvalShards:
     target: Callable[[Sample], Any] = label_of
     """What belongs to the image of a sample, such as `Captions.all`; or a ValueError that says why there is nothing."""
     image: str = "jpg;jpeg;png;webp"
+    settings: tuple[str, ...] = ("image", "shards")
 
     def share(self, lane: int, lanes: int) -> Iterator[tuple[str, bytes, Any]]:
         broken = _Broken()
@@ -113,10 +141,12 @@ _HIDDEN = re.compile(r"\.|__MACOSX$")
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """One sub-folder for each class; class n is the n-th sub-folder in the order of their names. Hidden ones are none,
-    nor is what macOS leaves in archives."""
+    """One sub-folder for each class. Hidden ones are none, nor is what macOS leaves in archives."""
 
     folder: str
+    numbers: Mapping[str, int] | None = None
+    """Class of each sub-folder, by its name; None where class n is the n-th in the order of names."""
+    settings: tuple[str, ...] = ("folder",)
 
     def classes(self) -> list[Path]:
         """Sub-folders in order.
@@ -132,17 +162,32 @@ class ImageFolder:
 
     def share(self, lane: int, lanes: int) -> Iterator[tuple[str, bytes, Any]]:
         number = 0
-        for label, folder in enumerate(self.classes()):
+        for position, folder in enumerate(self.classes()):
+            label = position if self.numbers is None else self.numbers[folder.name]
             for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES):
                 if number % lanes == lane:
-                    yield self._sample(path, label)
+                    yield _read(path, label)
                 number += 1
 
-    def _sample(self, path: Path, label: int) -> tuple[str, bytes, Any]:
-        try:
-            return str(path), path.read_bytes(), label
-        except OSError as error:  # no permission, a dangling link, a folder of such a name
-            return str(path), b"", ValueError(str(error))
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Image files with what belongs to each."""
+
+    files: Sequence[tuple[str, Any]]
+    """(path, target); a ValueError as target says why there is none."""
+    settings: tuple[str, ...] = ("folder",)
+
+    def share(self, lane: int, lanes: int) -> Iterator[tuple[str, bytes, Any]]:
+        for path, target in self.files[lane::lanes]:
+            yield _read(Path(path), target)
+
+
+def _read(path: Path, target: Any) -> tuple[str, bytes, Any]:
+    try:
+        return str(path), path.read_bytes(), target
+    except OSError as error:  # no such file, no permission, a dangling link, a folder of such a name
+        return str(path), b"", ValueError(str(error))
 
 
 def first_targets(source: Source, count: int = 100) -> list[Any]:

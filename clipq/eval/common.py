@@ -118,7 +118,8 @@ class EvalResult:
         both = ("image_to_text_r1", "text_to_image_r1")
         if all(name in self.metrics for name in both):
             return "mean_r1", sum(self.metrics[name] for name in both) / 2
-        return "top1", self.metrics["top1"]
+        name = next(name for name in ("top1", "mean_average_precision") if name in self.metrics)
+        return name, self.metrics[name]
 
     def summary(self) -> str:
         """One line: shares in per cent, counts as they are."""
@@ -156,6 +157,12 @@ class Evaluator(Protocol):
     def run(self, encoder: Encoder) -> EvalResult:
         """Called on every rank; returns the same metrics, or raises the same EvalError or Stopped, on every rank."""
         ...
+
+
+def to_check(task: str, source: Source) -> str:
+    """A sentence about the settings that a task's samples come from."""
+    *others, last = [f"eval.tasks.{task}.{name}" for name in source.settings]
+    return f"Check {', '.join(others)}{' and ' if others else ''}{last}"
 
 
 class ExampleKeeper:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clipq.data.evalset import EvalFaults, Source, first_targets
 from clipq.dist.gather import gather_objects, gather_rows
-from clipq.eval.common import Encoder, EvalError, EvalResult, ExampleKeeper
+from clipq.eval.common import Encoder, EvalError, EvalResult, ExampleKeeper, to_check
 
 AT = (1, 5, 10)
 
@@ -48,21 +48,20 @@ def recalls(image_ID: Tensor, text_TD: Tensor, image_of_text_T: Tensor, chunk: i
 
 @dataclass
 class Retrieval:
-    """Recall of images by text and of texts by image, over all images and all their captions."""
+    """Recall of images by text and of texts by image, over all images and all their captions, or the first of them."""
 
     task: str
     source: Source
     examples: int = 0
+    max_captions: int | None = None
+    """Captions of an image at most; None for all."""
 
     def check(self) -> None:
         """See `Evaluator.check`."""
         try:
             first_targets(self.source)
         except ValueError as error:
-            where = f"eval.tasks.{self.task}"
-            raise EvalError(
-                f"evaluation {self.task}: {error}. Check {where}.caption.field, {where}.image and {where}.shards"
-            ) from error
+            raise EvalError(f"evaluation {self.task}: {error}. {to_check(self.task, self.source)}") from error
 
     def run(self, encoder: Encoder) -> EvalResult:
         """Metrics: image_to_text_r1/5/10 and text_to_image_r1/5/10 in [0, 1]; images, texts, failed, broken_shards.
@@ -83,8 +82,9 @@ class Retrieval:
                 start = count
                 keeper.offer(batch["image"], lambda i, start=start: start + i)
                 for captions in batch["target"]:
-                    texts += captions
-                    owner += [count] * len(captions)
+                    chosen = captions[: self.max_captions]
+                    texts += chosen
+                    owner += [count] * len(chosen)
                     count += 1
             encoder.stop.agree()
             counts = gather_objects((count, faults))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clipq.data.evalset import EvalFaults, Source, first_targets
 from clipq.dist.gather import gather_objects, gather_rows
-from clipq.eval.common import Encoder, EvalError, EvalResult, ExampleKeeper
+from clipq.eval.common import Encoder, EvalError, EvalResult, ExampleKeeper, to_check
 from clipq.eval.prompts import prompts
 
 CONFUSED, PAIRS = 2000, 50
@@ -107,10 +107,7 @@ class ZeroShot:
         try:
             targets = first_targets(self.source)
         except ValueError as error:
-            where = f"eval.tasks.{self.task}"
-            raise EvalError(
-                f"evaluation {self.task}: {error}. Check {where}.image and {where}.shards (or {where}.folder)"
-            ) from error
+            raise EvalError(f"evaluation {self.task}: {error}. {to_check(self.task, self.source)}") from error
         strange = next((c for c in targets if not 0 <= c < len(self.classnames)), None)
         if strange is not None:
             raise self._strange(strange)

@@ -12,7 +12,7 @@ import numpy as np
 
 from clipq.report.runs import Evaluation, Run
 
-_SHARE = re.compile(r"(?:^|_)(?:top\d+|r\d+|mean_per_class|chance)$")
+_SHARE = re.compile(r"(?:^|_)(?:top\d+|r\d+|mean_per_class|mean_average_precision|chance)$")
 _COUNT = re.compile(r"(?:^|_)(?:images|texts|classes|failed|broken_shards)$")
 _NAME_SETTINGS = ("name", "runs")
 """Settings that say where a run lies, not what it does: that they differ is no news."""
@@ -90,7 +90,7 @@ def metric_label(metric: str) -> str:
 
 def chance_of(metric: str, metrics: dict[str, float]) -> float | None:
     """What guessing reaches on `metric`, where it is known: a subset's own chance, else the task's."""
-    if not metric.endswith("top1"):
+    if metric != "mean_average_precision" and not metric.endswith("top1"):
         return None
     return metrics.get(metric.removesuffix("top1") + "chance", metrics.get("chance"))
 
@@ -282,6 +282,6 @@ def _metric_order(name: str) -> tuple[int, str, int]:
         return 3, name, 0
     if is_chance(name):
         return 2, name, 0
-    if name in ("top1", "top5", "mean_per_class"):
+    if name in ("top1", "top5", "mean_per_class", "mean_average_precision"):
         return 0, "", rank
     return 1, re.sub(r"\d+$", "", name), rank

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from clipq.data.decode import Captions
-from clipq.data.evalset import EvalShards
+from clipq.data.evalset import EvalShards, labels_of
 from clipq.dist.env import distributed
+from clipq.eval.multi_label import MultiLabel
 from clipq.eval.retrieval import Retrieval
 from clipq.eval.zero_shot import ZeroShot, build_classifier
 from tests.helpers import run_distributed, write_shard
-from tests.unit.eval.fakes import ONE_PROCESS, fake_encoder, labelled, noise
+from tests.unit.eval.fakes import ONE_PROCESS, fake_encoder, labelled, noise, npy
 
 CLASSES = [f"thing {n}" for n in range(7)]
 TEMPLATES = ["{}", "a {}"]
@@ -30,6 +31,9 @@ def tasks(folder: Path) -> dict[str, Any]:
         found[f"zero-shot {name}"] = ZeroShot(name, labels, CLASSES, TEMPLATES, {"some": [1, 2]}, examples=3)
         found[f"retrieval {name}"] = Retrieval(name, EvalShards(shards, Captions("txt", lines=True).all), examples=3)
     few = EvalShards([str(folder / "few.tar")])
+    for name in ("several", "tied"):
+        labels = EvalShards([str(folder / f"{name}.tar")], labels_of)
+        found[name] = MultiLabel(name, labels, CLASSES[:3], TEMPLATES, examples=3)
     found["two classes"] = ZeroShot("few", few, CLASSES[:2], TEMPLATES)
     return found
 
@@ -47,7 +51,7 @@ def on_every_rank(folder: str) -> None:
             assert env.is_main or not result.examples
             assert len(result.examples) == 3 or not env.is_main or "many" not in name
             for example in result.examples:
-                assert example["truth"] in {*CLASSES, *(f"text {n} a" for n in range(99))}
+                assert {*example["truth"].split(", ")} <= {"", *CLASSES, *(f"text {n} a" for n in range(99))}
         for count, weights in torch.load(Path(folder) / "classifiers.pt").items():  # fewer classes than ranks too
             torch.testing.assert_close(build_classifier(fake_encoder(env), CLASSES[:count], TEMPLATES), weights)
 
@@ -58,6 +62,9 @@ def on_every_rank(folder: str) -> None:
         nothing = EvalShards([str(Path(folder) / "nothing.tar")], Captions("txt").all)
         with pytest.raises(ValueError, match="no image could be read"):
             Retrieval("nothing", nothing).run(fake_encoder(env))
+        other = EvalShards([str(Path(folder) / "other.tar")], labels_of)
+        with pytest.raises(ValueError, match="an image has labels of 4 classes, but there are 3 class names"):
+            MultiLabel("other", other, CLASSES[:3], TEMPLATES).run(fake_encoder(env))
         env.barrier()
 
 
@@ -70,6 +77,10 @@ def test_numbers_are_those_of_one_process(tmp_path: Path, world_size: int) -> No
     write_shard(tmp_path / "few.tar", [{"png": noise(n), "cls": str(n % 2)} for n in range(9)])
     write_shard(tmp_path / "strange.tar", [{"png": noise(n), "cls": str(12 if n == 1 else 0)} for n in range(6)])
     write_shard(tmp_path / "nothing.tar", [{"png": b"x", "txt": "text 0 a"}] * 4)
+    several = [{"png": noise(n), "npy": npy([n % 2, n % 3 == 0, n > 5])} for n in range(11)]
+    write_shard(tmp_path / "several.tar", several)
+    write_shard(tmp_path / "tied.tar", [{**sample, "png": noise(n % 3)} for n, sample in enumerate(several)])
+    write_shard(tmp_path / "other.tar", [{"png": noise(n), "npy": npy([1] * (4 if n == 1 else 3))} for n in range(6)])
     (tmp_path / "expected.json").write_text(json.dumps(metrics_of_one_process(str(tmp_path))))
     classifiers = {n: build_classifier(fake_encoder(ONE_PROCESS), CLASSES[:n], TEMPLATES) for n in (1, 2, 7)}
     torch.save(classifiers, tmp_path / "classifiers.pt")

@@ -8,13 +8,15 @@ import pytest
 
 from clipq.build_eval import build_evaluators
 from clipq.config.checks import ConfigError
-from clipq.config.groups import EvalConfig, TaskConfig
+from clipq.config.evaluation import EvalConfig, TaskConfig
 from clipq.data.benchmark import CLASSIFICATION, CLASSNAMES, RETRIEVAL, BenchmarkSet
 from clipq.data.evalset import EvalShards
+from clipq.eval.multi_label import MultiLabel
 from clipq.eval.retrieval import Retrieval
 from clipq.eval.zero_shot import ZeroShot
 from tests.helpers import COLOURS, encode, picture, write_shard
 from tests.remote_server import Handler, http_server, impatient
+from tests.unit.eval.fakes import npy
 
 
 def benchmark_set(folder: Path, *, retrieval: bool = False) -> Path:
@@ -61,6 +63,26 @@ def test_retrieval_is_seen_by_itself(tmp_path: Path) -> None:
     assert targets(found) == [[c, f"all {c}"] for c in list(COLOURS)[:4]]
 
 
+def test_multi_label_is_seen_by_itself(tmp_path: Path) -> None:
+    """As CLIP_benchmark's builder writes VOC 2007: float32 of zeros and ones."""
+    folder, labels = benchmark_set(tmp_path), [[1, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 0, 0]]
+    (folder / "dataset_type.txt").write_text("multilabel\n")
+    for shard in range(2):
+        samples = [{"png": encode(picture("red", n)), "npy": npy(labels[n])} for n in (2 * shard, 2 * shard + 1)]
+        write_shard(folder / "test" / f"{shard}.tar", samples)
+    (found,) = build_evaluators(EvalConfig(tasks={"x": TaskConfig(benchmark=str(folder))}))
+    assert isinstance(found, MultiLabel)
+    assert (found.classnames, found.templates) == (list(COLOURS)[:4], ["a {} photo.", "all {}."])
+    assert [target.tolist() for _, _, target in found.source.share(0, 1)] == [[bool(x) for x in row] for row in labels]
+    (tmp_path / "some.txt").write_text("red\n")
+    for task, says in (
+        ({"subsets": {"some": f"{tmp_path}/some.txt"}}, r"subsets: .* is multilabel"),
+        ({"max_captions": 5}, r"max_captions=5: .* is no retrieval"),
+    ):
+        with pytest.raises(ConfigError, match=rf"eval\.tasks\.x\.{says}"):
+            build_evaluators(EvalConfig(tasks={"x": TaskConfig(benchmark=str(folder), **task)}))
+
+
 def test_other_names_and_templates(tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("a\nb\nc\nd\n")
     own = {"classnames": f"{tmp_path}/names.txt", "templates": "openclip:simple"}
@@ -101,7 +123,7 @@ def test_pages_of_the_hub_lead_to_their_files() -> None:
         ("classnames.txt", "a\n\nb\n", r"classnames\.txt: line 2 is blank"),
         ("classnames.txt", "a\n", r"class 1, but the 1 class names are of classes 0 to 0"),
         ("zeroshot_classification_templates.txt", "a photo.\n", r"template 1, 'a photo\.', has no \{\}"),
-        ("dataset_type.txt", "multilabel", r"'multilabel': expected classification or retrieval"),
+        ("dataset_type.txt", "captioning", r"'captioning': expected classification, retrieval, multilabel"),
     ],
 )
 def test_mistakes(file: str, content: str | None, says: str, tmp_path: Path) -> None:

@@ -82,3 +82,10 @@ def labelled(folder: Path, labels: list[list[int]]) -> list[str]:
             n += 1
         names.append(str(write_shard(folder / f"{number}.tar", samples)))
     return names
+
+
+def npy(labels: Any) -> bytes:
+    """The file of an array, as of the classes that an image shows."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.array(labels, dtype=np.float32))
+    return buffer.getvalue()

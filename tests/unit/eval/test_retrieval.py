@@ -129,4 +129,4 @@ def test_check_finds_a_wrong_caption_field(tmp_path: Path) -> None:
     shards = colour_shards(tmp_path, [4])
     Retrieval("t", EvalShards(shards, Captions("json.captions").all)).check()
     with pytest.raises(EvalError, match=r"evaluation t: .*'nope' is not text.*eval\.tasks\.t\.caption\.field"):
-        Retrieval("t", EvalShards(shards, Captions("json.nope").all)).check()
+        Retrieval("t", EvalShards(shards, Captions("json.nope").all, settings=("caption.field",))).check()

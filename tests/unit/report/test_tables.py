@@ -6,7 +6,7 @@ import statistics
 import pytest
 
 from clipq.report.runs import read_runs
-from clipq.report.summary import compare, duration, metric_label, settings
+from clipq.report.summary import chance_of, compare, duration, metric_label, primary_metrics, settings
 from clipq.report.tables import console_table, csv_table, markdown_table
 
 from .conftest import eval_row, train_row
@@ -153,3 +153,11 @@ def test_durations_round_to_what_is_shown(seconds, text):
 def test_metric_labels():
     assert metric_label("image_to_text_r10") == "image → text R@10"
     assert metric_label("unseen_combinations_top1") == "unseen combinations top-1"
+
+
+def test_average_precision_is_a_share_with_a_chance(write_run):
+    metrics = {"mean_average_precision": 0.4, "chance": 0.1, "images": 7, "failed": 0}
+    assert primary_metrics(list(metrics)) == ["mean_average_precision"]
+    assert chance_of("mean_average_precision", metrics) == 0.1
+    shown = console_table(read_runs([write_run("a", rows=[train_row(1), eval_row(1, "voc", metrics)])]))
+    assert "40.0 %" in shown
