@@ -1,4 +1,4 @@
-"""clipq-eval: evaluates a checkpoint zero-shot and by retrieval, prints a table and writes JSON."""
+"""clipq-eval: evaluates a checkpoint zero-shot, by retrieval and by a linear probe, prints a table and writes JSON."""
 
 from __future__ import annotations
 
@@ -147,11 +147,12 @@ def write_results(
 
 def table(results: list[EvalResult]) -> str:
     """A line for each metric of each task."""
+    from clipq.eval.common import shown
+
     lines = []
     for result in results:
         for name, value in result.metrics.items():
-            shown = f"{value:,}" if isinstance(value, int) else f"{100 * value:.2f} %"
-            lines.append((result.task, name, shown))
+            lines.append((result.task, name, shown(name, value)))
     widths = [max(len(row[i]) for row in [("task", "metric", "value"), *lines]) for i in range(3)]
     rows = [("task", "metric", "value"), tuple("-" * w for w in widths), *lines]
     return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows)

@@ -268,7 +268,8 @@ class LogConfig:
 @dataclass
 class TaskConfig:
     kind: TaskKind = TaskKind.zero_shot
-    """zero_shot (classification) or retrieval (image to text and back)."""
+    """zero_shot (classification), retrieval (image to text and back) or linear_probe (a linear classifier of the image
+    features, fitted to training images; takes scikit-learn: clipq[probe])."""
     shards: Any = None
     """Evaluation shards, as `data.shards`: members image + `cls`, or image + captions for retrieval."""
     folder: str | None = None
@@ -278,6 +279,12 @@ class TaskConfig:
     and what kind of task it is."""
     split: str = "test"
     """Of `benchmark`: the folder of its shards."""
+    train_shards: Any = None
+    """For linear_probe: training shards, as `shards`."""
+    train_folder: str | None = None
+    """For linear_probe, in place of train_shards: a folder with one sub-folder for each class, as `folder`."""
+    train_split: str = "train"
+    """For linear_probe, of `benchmark`: the folder of its training shards."""
     image: str = "jpg;jpeg;png;webp"
     """Member extensions that hold the image."""
     classnames: str | None = None
@@ -318,6 +325,7 @@ def _check_task(where: str, task: TaskConfig) -> None:
     require(len(given) == 1, f"{where}: set exactly one of shards=, folder= and benchmark=")
     if task.shards is not None:
         strings(f"{where}.shards", task.shards)
+    _check_training(where, task)
     if task.benchmark is not None:
         return
     if task.kind is TaskKind.zero_shot:
@@ -326,13 +334,31 @@ def _check_task(where: str, task: TaskConfig) -> None:
             f"{where}.classnames is not set: name a file with a class name a line",
         )
         require(task.templates is not None, f"{where}.templates is not set: name a file with a template a line")
-    else:
+    elif task.kind is TaskKind.retrieval:
         require(task.folder is None, f"{where}.folder: retrieval reads shards, where captions stand beside images")
         require(
             isinstance(task.caption.field, str),
             f"{where}.caption.field={task.caption.field}: every caption of a field counts in an evaluation, none by "
             "chance: expected one field, 'txt' or 'json.NAME'",
         )
+
+
+def _check_training(where: str, task: TaskConfig) -> None:
+    given = [name for name in ("train_shards", "train_folder") if getattr(task, name) is not None]
+    if task.kind is not TaskKind.linear_probe:
+        require(not given, f"{where}.{given and given[0]} with {where}.kind={task.kind.value}: it is for linear_probe")
+        return
+    require(not task.subsets, f"{where}.subsets: they are for zero_shot; a linear probe knows no class names")
+    if task.benchmark is not None:
+        require(not given, f"{where}.{given and given[0]} with {where}.benchmark: set {where}.train_split")
+        require(
+            task.train_split != task.split,
+            f"{where}.train_split={task.train_split}: the split that the probe is tested on",
+        )
+        return
+    require(len(given) == 1, f"{where}: a linear probe is fitted: set exactly one of train_shards= and train_folder=")
+    if task.train_shards is not None:
+        strings(f"{where}.train_shards", task.train_shards)
 
 
 @dataclass
