@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from open_clip.transform import image_transform
 from PIL import Image
@@ -29,6 +29,7 @@ from clipq.dist.env import DistEnv
 from clipq.dist.shard import Sharded
 from clipq.dist.stop import Stop
 from clipq.eval.common import Encoder, Evaluator
+from clipq.eval.linear_probe import LinearProbe
 from clipq.eval.multi_label import MultiLabel
 from clipq.eval.prompts import (
     checked_classnames,
@@ -116,6 +117,8 @@ def _absent(task: TaskConfig) -> str | None:
 
 
 def _evaluator(name: str, task: TaskConfig, examples: int) -> Evaluator:
+    if task.kind is TaskKind.linear_probe:
+        return _linear_probe(name, task)
     if task.benchmark is not None:
         return _of_benchmark(name, task, BenchmarkSet(task.benchmark, task.split), examples)
     if task.kind is TaskKind.retrieval:
@@ -174,6 +177,39 @@ def _saying(setting: str) -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         raise ConfigError(f"{setting}: {error}") from error
+
+
+def _linear_probe(name: str, task: TaskConfig) -> LinearProbe:
+    if task.benchmark is not None:
+        test, train = (BenchmarkSet(task.benchmark, split) for split in (task.split, task.train_split))
+        try:
+            if test.kind() == RETRIEVAL:
+                raise ConfigError(f"eval.tasks.{name}.kind=linear_probe: {task.benchmark} is a set for retrieval")
+            sources = [EvalShards(data.shards(), image=task.image) for data in (train, test)]
+        except FileNotFoundError as error:
+            raise ConfigError(
+                f"eval.tasks.{name}.benchmark={task.benchmark}: {error}. Expected nshards.txt, 0.tar … in both "
+                f"{task.train_split} and {task.split}"
+            ) from error
+        return LinearProbe(name, *sources)
+    if task.train_folder is not None and task.folder is not None:
+        _check_folders(name, task.train_folder, task.folder)
+
+    def source(shards: Any, folder: str | None) -> Source:
+        return EvalShards(expand(shards), image=task.image) if folder is None else ImageFolder(folder)
+
+    return LinearProbe(name, source(task.train_shards, task.train_folder), source(task.shards, task.folder))
+
+
+def _check_folders(name: str, train: str, test: str) -> None:
+    """Class n is the n-th sub-folder: one that only one of them has would move the classes after it."""
+    first, second = ({path.name for path in ImageFolder(folder).classes()} for folder in (train, test))
+    if first != second:
+        odd = min(first ^ second)
+        raise ConfigError(
+            f"eval.tasks.{name}: {train} and {test} must have the same sub-folders, a class each; {odd!r} is in "
+            f"{'the first' if odd in first else 'the second'} only"
+        )
 
 
 def _of_benchmark(name: str, task: TaskConfig, data: BenchmarkSet, examples: int) -> Evaluator:

@@ -1,4 +1,4 @@
-"""clipq-eval: evaluates checkpoints zero-shot and by retrieval, prints tables, writes JSON and a page for each."""
+"""clipq-eval: evaluates checkpoints zero-shot, by retrieval and by linear probes; tables, JSON and a page for each."""
 
 from __future__ import annotations
 

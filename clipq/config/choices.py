@@ -73,6 +73,7 @@ class Strategy(Enum):
 class TaskKind(Enum):
     zero_shot = "zero_shot"
     retrieval = "retrieval"
+    linear_probe = "linear_probe"
     multi_label = "multi_label"
 
 

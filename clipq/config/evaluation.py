@@ -13,8 +13,9 @@ from clipq.config.data import CaptionConfig
 @dataclass
 class TaskConfig:
     kind: TaskKind = TaskKind.zero_shot
-    """zero_shot (classification), retrieval (image to text and back), or multi_label (classification of images that
-    show several classes). A `benchmark` says itself what it is."""
+    """zero_shot (classification), retrieval (image to text and back), multi_label (classification of images that show
+    several classes), or linear_probe (a linear classifier of the image features, fitted to training images; takes
+    scikit-learn: clipq[probe]). A `benchmark` says itself which of the first three it is."""
     shards: Any = None
     """Evaluation shards, as `data.shards`: members image + `cls`, or image + captions for retrieval, or image + `npy`
     (an array of 0 and 1, one for each class) for multi_label."""
@@ -39,6 +40,12 @@ class TaskConfig:
     and what kind of task it is."""
     split: str = "test"
     """Of `benchmark`: the folder of its shards; of Karpathy's `annotations`: which of the images."""
+    train_shards: Any = None
+    """For linear_probe: training shards, as `shards`."""
+    train_folder: str | None = None
+    """For linear_probe, in place of train_shards: a folder with one sub-folder for each class, as `folder`."""
+    train_split: str = "train"
+    """For linear_probe, of `benchmark`: the folder of its training shards."""
     image: str = "jpg;jpeg;png;webp"
     """Member extensions that hold the image."""
     classnames: str | None = None
@@ -89,6 +96,7 @@ def _check_task(where: str, task: TaskConfig) -> None:
     if task.shards is not None:
         strings(f"{where}.shards", task.shards)
     _check_folder(where, task)
+    _check_training(where, task)
     require(
         not task.subsets or task.kind is not TaskKind.multi_label,
         f"{where}.subsets: kind=multi_label has no accuracy on some of the classes",
@@ -105,7 +113,7 @@ def _check_task(where: str, task: TaskConfig) -> None:
             f"{where}.classnames is not set: name a file with a class name a line",
         )
         require(task.templates is not None, f"{where}.templates is not set: name a file with a template a line")
-    else:
+    elif task.kind is TaskKind.retrieval:
         require(
             isinstance(task.caption.field, str),
             f"{where}.caption.field={task.caption.field}: every caption of a field counts in an evaluation, none by "
@@ -115,7 +123,26 @@ def _check_task(where: str, task: TaskConfig) -> None:
 
 def _classifies(task: TaskConfig) -> bool:
     """A benchmark says itself what it is."""
-    return task.benchmark is None and task.kind is not TaskKind.retrieval
+    return task.benchmark is None and task.kind in (TaskKind.zero_shot, TaskKind.multi_label)
+
+
+def _check_training(where: str, task: TaskConfig) -> None:
+    given = [name for name in ("train_shards", "train_folder") if getattr(task, name) is not None]
+    if task.kind is not TaskKind.linear_probe:
+        require(not given, f"{where}.{given and given[0]} with {where}.kind={task.kind.value}: it is for linear_probe")
+        return
+    require(not task.subsets, f"{where}.subsets: they are for zero_shot; a linear probe knows no class names")
+    require(task.max_captions is None, f"{where}.max_captions={task.max_captions}: it is for retrieval")
+    if task.benchmark is not None:
+        require(not given, f"{where}.{given and given[0]} with {where}.benchmark: set {where}.train_split")
+        require(
+            task.train_split != task.split,
+            f"{where}.train_split={task.train_split}: the split that the probe is tested on",
+        )
+        return
+    require(len(given) == 1, f"{where}: a linear probe is fitted: set exactly one of train_shards= and train_folder=")
+    if task.train_shards is not None:
+        strings(f"{where}.train_shards", task.train_shards)
 
 
 def _check_folder(where: str, task: TaskConfig) -> None:

@@ -96,6 +96,13 @@ class Encoder:
             self.model.train(training)
 
 
+def shown(metric: str, value: float) -> str:
+    """A metric for people: shares in per cent, counts and strengths as they are."""
+    if metric.endswith("_strength"):
+        return f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else f"{100 * value:.2f}%"
+
+
 @dataclass
 class EvalResult:
     """What an evaluator found."""
@@ -123,8 +130,8 @@ class EvalResult:
 
     def summary(self) -> str:
         """One line: shares in per cent, counts as they are."""
-        counts = ("images", "texts", "failed", "broken_shards")
-        parts = [f"{k} {100 * v:.2f}%" for k, v in self.metrics.items() if k not in counts]
+        counts = ("images", "texts", "train_images", "failed", "broken_shards")
+        parts = [f"{k} {shown(k, v)}" for k, v in self.metrics.items() if k not in counts]
         parts += [f"{self.metrics[k]:,.0f} {k.replace('_', ' ')}" for k in counts if self.metrics.get(k)]
         return f"{self.task}: " + ", ".join(parts)
 

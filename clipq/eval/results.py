@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clipq.eval.common import EvalResult
+from clipq.eval.common import EvalResult, shown
 
 
 def record_of(
@@ -76,9 +76,9 @@ def _lines(record: Mapping[str, Any]) -> list[tuple[tuple[str, str], str]]:
     lines = []
     for result in record["results"]:
         for name, value in result["metrics"].items():
-            lines.append(((result["task"], name), f"{value:,}" if isinstance(value, int) else f"{100 * value:.2f} %"))
+            lines.append(((result["task"], name), shown(name, value)))
     for average in record["averages"]:
-        value = "–" if average["mean"] is None else f"{100 * average['mean']:.2f} %"
+        value = "–" if average["mean"] is None else shown("mean", average["mean"])
         lines.append(((average["name"], of_how_many(average)), value))
     return lines + [((task, "missing"), "–") for task in record["missing"]]
 

@@ -47,7 +47,7 @@ def _results(record: Mapping[str, Any]) -> str:
     for result in record["results"]:
         of = result["metrics"]
         cells = [percent(of[m]) if m in of else "—" for m in shares]
-        cells += [f"{of[m]:,}" if m in of else "—" for m in others]
+        cells += ["—" if m not in of else f"{of[m]:,}" if isinstance(of[m], int) else f"{of[m]:.3g}" for m in others]
         rows.append([result["task"], *cells])
     text = _table(["", *(metric_label(m) for m in (*shares, *others))], rows)
     for average in record["averages"]:

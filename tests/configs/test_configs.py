@@ -33,8 +33,10 @@ def compose_job(kind: type, name: str, *overrides: str) -> Any:
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda x: x)
 def test_every_option_composes(group: str, option: str) -> None:
     given = {"data.shards": "x.tar", "data.root": "/data", "eval.root": "/data", "schedule.cooldown": "5"}
-    if option in ("zero_shot", "retrieval"):
+    if option in ("zero_shot", "retrieval", "linear_probe"):
         given[f"eval.tasks.{option}.shards"] = "x.tar"
+    if option == "linear_probe":
+        given["eval.tasks.linear_probe.train_shards"] = "y.tar"
     if option == "zero_shot":
         given["eval.tasks.zero_shot.classnames"] = "names.txt"
     if (group, option) != ("schedule", "constant_cooldown"):

@@ -143,6 +143,10 @@ MISTAKES = {
         ["eval=zero_shot", "eval.tasks.zero_shot.shards=data/00000.tar"],
         ["eval.tasks.zero_shot.classnames is not set"],
     ),
+    "a probe without training data": (
+        ["eval=linear_probe", "eval.tasks.linear_probe.shards=data/*.tar"],
+        ["eval.tasks.linear_probe: ", "set exactly one of train_shards= and train_folder="],
+    ),
     "new task": (
         ["+eval.tasks.a={kind:retrieval}"],
         ["eval.tasks.a: ", "an entry of eval.tasks, written as in 'eval.tasks={a: {…}}'"],

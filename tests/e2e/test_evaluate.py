@@ -63,7 +63,7 @@ def test_many_checkpoints_and_a_set_that_is_not_there(trained: Path) -> None:
     records = [json.loads((trained / "out" / f"{step}.json").read_text()) for step in STEPS]
     tops = [r["results"][0]["metrics"]["top1"] for r in records]
     assert len(set(tops)) > 1, "each has weights of its own"
-    assert f"{100 * tops[0]:.2f} %" in last
+    assert f"{100 * tops[0]:.2f}%" in last
     assert [r["averages"][0]["missing"] for r in records] == [["gone"]] * 3
     assert "mean of top1 of 1 of 2 sets" in last
     assert "nowhere" in records[0]["missing"]["gone"]

@@ -70,7 +70,7 @@ def test_multi_label_is_seen_by_itself(tmp_path: Path) -> None:
     for shard in range(2):
         samples = [{"png": encode(picture("red", n)), "npy": npy(labels[n])} for n in (2 * shard, 2 * shard + 1)]
         write_shard(folder / "test" / f"{shard}.tar", samples)
-    (found,) = build_evaluators(EvalConfig(tasks={"x": TaskConfig(benchmark=str(folder))}))
+    (found,), _ = build_evaluators(EvalConfig(tasks={"x": TaskConfig(benchmark=str(folder))}))
     assert isinstance(found, MultiLabel)
     assert (found.classnames, found.templates) == (list(COLOURS)[:4], ["a {} photo.", "all {}."])
     assert [target.tolist() for _, _, target in found.source.share(0, 1)] == [[bool(x) for x in row] for row in labels]

@@ -20,7 +20,7 @@ from tests.unit.eval.fakes import fake_encoder, noise
 
 def retrieval(**task: Any) -> Retrieval:
     settings = EvalConfig(tasks={"x": TaskConfig(kind=TaskKind.retrieval, **task)})
-    (found,) = build_evaluators(settings)
+    (found,), _ = build_evaluators(settings)
     assert isinstance(found, Retrieval)
     return found
 

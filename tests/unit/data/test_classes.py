@@ -23,7 +23,7 @@ NUMBERS = [0, 1, 6, 281, 999]
 
 def evaluator(**task: object) -> ZeroShot:
     settings = {"classnames": "openclip:imagenet", "templates": "openclip:simple"} | task
-    (found,) = build_evaluators(EvalConfig(tasks={"x": TaskConfig(**settings)}))  # pyright: ignore[reportArgumentType]
+    (found,), _ = build_evaluators(EvalConfig(tasks={"x": TaskConfig(**settings)}))  # pyright: ignore[reportArgumentType]
     assert isinstance(found, ZeroShot)
     return found
 

@@ -72,6 +72,10 @@ def test_summary_and_files(tmp_path: Path) -> None:
     metrics = {"top1": 0.71, "chance": 0.02, "images": 12_000, "failed": 0, "broken_shards": 2}
     result = EvalResult("shapes", "zero_shot", metrics, [{"image": "x", "truth": "a", "best": [["a", 0.5]]}])
     assert result.summary() == "shapes: top1 71.00%, chance 2.00%, 12,000 images, 2 broken shards"
+    probed = {"top1": 1.0, "l2_strength": 0.0316, "images": 7, "train_images": 1_200}
+    assert EvalResult("p", "linear_probe", probed).summary() == (
+        "p: top1 100.00%, l2_strength 0.0316, 7 images, 1,200 train images"
+    )
     for step in (5, 10):
         result.write_examples(tmp_path / "run" / "examples", step)
     assert [p.name for p in (tmp_path / "run" / "examples").iterdir()] == ["shapes.json"]

@@ -142,7 +142,7 @@ def test_settings(tmp_path: Path) -> None:
         "templates": "openclip:simple",
     }
     task = TaskConfig(shards=shard(tmp_path, np.ones((3, 5))), **names)
-    (found,) = build_evaluators(EvalConfig(tasks={"x": task}))
+    (found,), _ = build_evaluators(EvalConfig(tasks={"x": task}))
     assert isinstance(found, MultiLabel)
     for more, says in (
         ({"folder": "x"}, r"folder=x with kind=multi_label"),

@@ -56,7 +56,7 @@ def test_tables() -> None:
     assert lines[("task",)] == ["task", "metric", "a", "b"]
     assert "–" in lines[("photos",)], "b has no such task"
     text = table({"a": one, "b": other})
-    assert "75.00 %  75.00 %" in text
+    assert "75.00%  75.00%" in text
     assert "cars    missing" in text
     assert "1,234" in text
 

@@ -79,6 +79,14 @@ def test_console_table_shows_shares_as_percent_and_subsets_on_their_own_line(wri
     assert cells["images"] == "1,000"
 
 
+def test_a_linear_probe_has_its_strength_as_a_number(write_run):
+    probed = {"top1": 0.5, "l2_strength": 0.0316, "images": 1_000, "train_images": 2_000}
+    run = write_run(rows=[train_row(1), eval_row(1, "probe", probed)])
+    lines = [line.split("  ") for line in console_table(read_runs([run])).splitlines()]
+    cells = {line[1]: line[-1].strip() for line in lines if len(line) > 2 and not line[0]}
+    assert (cells["top-1"], cells["l2 strength"], cells["train images"]) == ("50.0 %", "0.0316", "2,000")
+
+
 def test_a_run_without_evaluation_has_a_table(write_run):
     text = console_table(read_runs([write_run()]))
     assert "final loss" in text
