@@ -37,6 +37,7 @@ from clipq.eval.prompts import (
     lines_of,
     read_classnames,
     read_templates,
+    require_all,
     subset_indices,
 )
 from clipq.eval.retrieval import Retrieval
@@ -128,11 +129,13 @@ def _evaluator(name: str, task: TaskConfig, examples: int) -> Evaluator:
     classnames = read_classnames(task.classnames)
     templates = read_templates(task.templates)
     if task.kind is TaskKind.multi_label:
+        require_all(templates, classnames, task.templates)
         return MultiLabel(name, EvalShards(expand(task.shards), labels_of, task.image), classnames, templates, examples)
     if task.folder is None:
         source = EvalShards(expand(task.shards), image=task.image)
     else:
         source, classnames = _classified_files(name, task, classnames)
+    require_all(templates, classnames, task.templates)
     subsets = {subset: subset_indices(file, classnames) for subset, file in task.subsets.items()}
     return ZeroShot(name, source, classnames, templates, subsets, examples)
 
@@ -232,6 +235,7 @@ def _of_benchmark(name: str, task: TaskConfig, data: BenchmarkSet, examples: int
             templates = checked_templates(lines_of(data.read(TEMPLATES), where), where)
         else:
             templates = read_templates(task.templates)
+            require_all(templates, classnames, task.templates)
     except FileNotFoundError as error:
         raise ConfigError(
             f"eval.tasks.{name}.benchmark={task.benchmark}: {error}. Expected {task.split}/nshards.txt, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +104,7 @@ class Evaluation:
         if job.backend.compile is Switch.on:  # a minute, which few data sets are worth
             compile_blocks(clip.model, job.backend, env)
         log.info("evaluating %s (%s) on %s in %s", one.name, one.model.name, env.device, job.backend.precision.value)
-        encoder = build_encoder(clip, job.backend, job.eval, env, self.console)
+        encoder = replace(build_encoder(clip, job.backend, job.eval, env, self.console), classifiers={})
         try:
             results = [evaluator.run(encoder) for evaluator in self._evaluators]
         except EvalError as error:

@@ -52,7 +52,7 @@ class TaskConfig:
     """A file with a class name a line, line n naming class n; or `openclip:imagenet`. Goes before a benchmark's own."""
     templates: str | None = None
     """A file with a prompt template a line, `{}` or `{c}` for the class; or `openclip:imagenet` (80 templates), or
-    `openclip:simple` (7)."""
+    `openclip:simple` (7); or a `.json` file with sentences of each class: {class name: [sentence, …]}."""
     subsets: dict[str, str] = field(default_factory=dict)
     """Name -> file with a class name a line: the accuracy on those classes is reported too, scored against all."""
     caption: CaptionConfig = field(default_factory=CaptionConfig)

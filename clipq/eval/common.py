@@ -43,6 +43,8 @@ class Encoder:
     """Is told how far an evaluation has come."""
     whole: Callable[[], AbstractContextManager[None]] = nullcontext
     """Collective; within, every rank may use the model as often as its own share takes."""
+    classifiers: dict[Any, Tensor] | None = None
+    """Zero-shot classifiers by their sentences, of a model that does not change; None where it trains."""
     stop: Stop = field(default_factory=Stop)
     """What may break an evaluation off: this rank then leaves out the rest of its share, and all end as they `agree`
     on it before they next need each other's part."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from clipq.data.evalset import EvalFaults, Source, first_targets
 from clipq.dist.gather import gather_objects, gather_rows
 from clipq.eval.common import Encoder, EvalError, EvalResult, ExampleKeeper, to_check
+from clipq.eval.prompts import Templates
 from clipq.eval.zero_shot import build_classifier
 
 
@@ -46,7 +47,7 @@ class MultiLabel:
     source: Source
     """Its targets are arrays of bool, [C]: which of the classes an image shows."""
     classnames: list[str]
-    templates: list[str]
+    templates: Templates
     examples: int = 0
 
     def check(self) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
@@ -31,18 +32,46 @@ def checked_classnames(names: Sequence[str], where: str) -> list[str]:
     return list(names)
 
 
-def read_templates(where: str) -> list[str]:
+Templates = Sequence[str] | Mapping[str, Sequence[str]]
+"""Sentences with a place for the class name; or a class's own sentences by its name."""
+
+
+def read_templates(where: str) -> Templates:
     """Templates from a file, one a line, or from `TEMPLATES`; each holds one `{}` for the class name.
 
-    `{c}`, as in the field's benchmark files, is read as `{}`.
+    `{c}`, as in the field's benchmark files, is read as `{}`. A `.json` file has an object: class name -> its own
+    sentences, as descriptions of classes by a language model come.
 
     Raises:
         FileNotFoundError: neither a file nor a known list.
-        ValueError: a template without a place for the class name.
+        ValueError: a template without a place for the class name, or JSON that is no such object.
     """
     if where in TEMPLATES:
         return [make("{}") for make in TEMPLATES[where]]
+    if where.endswith(".json") and Path(where).expanduser().is_file():
+        return _descriptions(where)
     return checked_templates(_lines(where, list(TEMPLATES)), where)
+
+
+def _descriptions(where: str) -> dict[str, list[str]]:
+    try:
+        found = json.loads(Path(where).expanduser().read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{where}: no JSON: {error}") from error
+    if not isinstance(found, dict) or not found:
+        raise ValueError(f"{where}: expected an object, class name -> list of sentences")
+    for name, sentences in found.items():
+        if not (isinstance(sentences, list) and sentences and all(isinstance(s, str) and s.strip() for s in sentences)):
+            raise ValueError(f"{where}: {name!r}: expected a list of one or more sentences")
+    return found
+
+
+def require_all(templates: Templates, classnames: Sequence[str], where: str) -> None:
+    """Raises ValueError for a class that has no sentences of its own where others have."""
+    missing = [name for name in classnames if name not in templates] if isinstance(templates, Mapping) else []
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise ValueError(f"{where}: no sentences for class {missing[0]!r}{more}")
 
 
 def checked_templates(lines: Sequence[str], where: str) -> list[str]:
@@ -54,8 +83,10 @@ def checked_templates(lines: Sequence[str], where: str) -> list[str]:
     return templates
 
 
-def prompts(classname: str, templates: Sequence[str]) -> list[str]:
-    """A sentence for each template."""
+def prompts(classname: str, templates: Templates) -> list[str]:
+    """A sentence for each template; or those of the class."""
+    if isinstance(templates, Mapping):
+        return list(templates[classname])
     return [t.replace("{}", classname) for t in templates]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,35 +14,55 @@ from torch import Tensor
 from clipq.data.evalset import EvalFaults, Source, first_targets
 from clipq.dist.gather import gather_objects, gather_rows
 from clipq.eval.common import Encoder, EvalError, EvalResult, ExampleKeeper, to_check
-from clipq.eval.prompts import prompts
+from clipq.eval.prompts import Templates, prompts
 
 CONFUSED, PAIRS = 2000, 50
 """Classes up to which pairs of them are counted, and pairs that are told."""
 
 
-def build_classifier(encoder: Encoder, classnames: list[str], templates: list[str]) -> Tensor:
+def build_classifier(encoder: Encoder, classnames: list[str], templates: Templates) -> Tensor:
     """Weights of the zero-shot classifier, [classes, D] fp32, unit norm; classes are shared out over the ranks.
 
     A class is the normalised mean of the unit-norm features of its prompts.
     """
+    sentences = [prompts(name, templates) for name in classnames]
+    key = tuple(map(tuple, sentences))
+    if encoder.classifiers is None:
+        return _classifier(encoder, sentences)
+    if key not in encoder.classifiers:
+        encoder.classifiers[key] = _classifier(encoder, sentences)
+    return encoder.classifiers[key]
+
+
+def _classifier(encoder: Encoder, sentences: list[list[str]]) -> Tensor:
     env = encoder.env
-    mine = list(range(env.rank, len(classnames), env.world_size))
-    features = []
-    at_a_time = max(1, encoder.batch_size // len(templates))
-    for first in range(0, len(mine), at_a_time):
-        chosen = mine[first : first + at_a_time]
-        texts = [t for c in chosen for t in prompts(classnames[c], templates)]
-        encoded = encoder.texts(texts)
+    mine = list(range(env.rank, len(sentences), env.world_size))
+    features, done = [], 0
+    for some in _batches([sentences[c] for c in mine], encoder.batch_size):
+        encoded = encoder.texts([text for own in some for text in own])
         if encoder.stop.asked:
             break
-        features.append(encoded.view(len(chosen), len(templates), -1).mean(1))
-        encoder.status(f"classifier: {first + len(chosen):,} of {len(mine):,} class names on this rank")
-    width = features[0].shape[1] if features else int(encoder.texts(["a"]).shape[1])
-    weights = torch.cat(features) if features else torch.empty(0, width, device=env.device)
+        features += [part.mean(0) for part in encoded.split([len(own) for own in some])]
+        done += len(some)
+        encoder.status(f"classifier: {done:,} of {len(mine):,} class names on this rank")
+    width = len(features[0]) if features else int(encoder.texts(["a"]).shape[1])
+    weights = torch.stack(features) if features else torch.empty(0, width, device=env.device)
     encoder.stop.agree()
     everyone = gather_rows(F.normalize(weights, dim=-1))
     numbers = gather_rows(torch.tensor(mine, device=env.device, dtype=torch.long))
     return everyone[numbers.argsort()]
+
+
+def _batches(sentences: list[list[str]], size: int) -> Iterator[list[list[str]]]:
+    """Classes with at most so many sentences together, one class at least."""
+    some: list[list[str]] = []
+    for own in sentences:
+        if some and sum(map(len, some)) + len(own) > size:
+            yield some
+            some = []
+        some.append(own)
+    if some:
+        yield some
 
 
 class _Tally:
@@ -97,7 +117,7 @@ class ZeroShot:
     task: str
     source: Source
     classnames: list[str]
-    templates: list[str]
+    templates: Templates
     subsets: dict[str, list[int]] = field(default_factory=dict)
     """Name -> class numbers; images of these classes are scored against all classes."""
     examples: int = 0

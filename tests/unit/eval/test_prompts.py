@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 
-from clipq.eval.prompts import prompts, read_classnames, read_templates, subset_indices
+from clipq.eval.prompts import prompts, read_classnames, read_templates, require_all, subset_indices
 
 
 @pytest.fixture
@@ -79,3 +80,22 @@ def test_subsets(file) -> None:
     assert subset_indices(file("crane\n"), classnames) == [0, 2]  # both classes of the name
     with pytest.raises(ValueError, match=r"file.txt: 'cow' is not one of the 4 class names"):
         subset_indices(file("dog\ncow\n"), classnames)
+
+
+def test_sentences_of_each_class(tmp_path: Path) -> None:
+    path = tmp_path / "described.json"
+    path.write_text(json.dumps({"tench": ["a fish {}", "it swims"], "crane": ["a bird"]}))
+    found = read_templates(str(path))
+    assert prompts("tench", found) == ["a fish {}", "it swims"]
+    require_all(found, ["crane", "tench"], str(path))
+    with pytest.raises(ValueError, match=r"described.json: no sentences for class 'dog' \(and 1 more\)"):
+        require_all(found, ["tench", "dog", "cat"], str(path))
+    require_all(["a {}"], ["dog"], "x")
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", "{}", '{"tench": []}', '{"tench": "a fish"}', '{"tench": [" "]}'])
+def test_sentences_that_are_none(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "described.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"described.json: "):
+        read_templates(str(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 from collections import Counter
 from pathlib import Path
@@ -164,3 +165,28 @@ def test_classifier_is_openclips(arch: Path) -> None:
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
     assert (expected @ expected.T - torch.eye(5)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_classes_with_sentences_of_their_own(batch_size: int) -> None:
+    described = {"a": ["one"], "b": ["two", "three", "four"], "c": ["five", "six"]}
+    encoder = fake_encoder(batch_size=batch_size)
+    with encoder.evaluating():
+        found = build_classifier(encoder, list(described), described).numpy()
+    expected = np.stack([unit(np.mean([unit(word_features(s)) for s in own], 0)) for own in described.values()])
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
+def test_a_classifier_is_made_once_where_the_model_stays_as_it_is(tmp_path: Path) -> None:
+    shards = labelled(tmp_path, LABELS)
+    tasks = [ZeroShot(name, EvalShards(shards), CLASSES, TEMPLATES) for name in ("one", "two")]
+    tasks.append(ZeroShot("other", EvalShards(shards), CLASSES, TEMPLATES[:1]))
+    for classifiers, times in (({}, (1, 0, 1)), (None, (1, 1, 1))):
+        encoder = dataclasses.replace(fake_encoder(), classifiers=classifiers)
+        found, encoded = [], []
+        for task in tasks:
+            encoder.model.encoded.clear()
+            found.append(task.run(encoder).metrics)
+            encoded.append(int(bool(encoder.model.encoded)))
+        assert tuple(encoded) == times
+        assert found[0] == found[1]
