@@ -101,10 +101,12 @@ class Evaluation:
             clip = build_model(as_stored(job, one.model))
         clip.model.to(env.device)
         convert(clip, job.backend, pairs=job.eval.batch_size, training=False)
-        if job.backend.compile is Switch.on:  # a minute, which few data sets are worth
+        compiled = job.backend.compile is Switch.on  # a minute, which few data sets are worth
+        if compiled:
             compile_blocks(clip.model, job.backend, env)
         log.info("evaluating %s (%s) on %s in %s", one.name, one.model.name, env.device, job.backend.precision.value)
-        encoder = replace(build_encoder(clip, job.backend, job.eval, env, self.console), classifiers={})
+        encoder = build_encoder(clip, job.backend, job.eval, env, self.console)
+        encoder = replace(encoder, classifiers={}, compiled=compiled)
         try:
             results = [evaluator.run(encoder) for evaluator in self._evaluators]
         except EvalError as error:

@@ -22,6 +22,7 @@ from clipq.data.evalset import EvalStream, Source
 from clipq.data.loader import Tokenizer, make_loader
 from clipq.dist.env import DistEnv
 from clipq.dist.stop import Stop
+from clipq.lowp import quantized_once
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Encoder:
     """Collective; within, every rank may use the model as often as its own share takes."""
     classifiers: dict[Any, Tensor] | None = None
     """Zero-shot classifiers by their sentences, of a model that does not change; None where it trains."""
+    compiled: bool = False
+    """Use compiled blocks, if there are any."""
     stop: Stop = field(default_factory=Stop)
     """What may break an evaluation off: this rank then leaves out the rest of its share, and all end as they `agree`
     on it before they next need each other's part."""
@@ -88,11 +91,13 @@ class Encoder:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Eval mode, no gradients, eager: the shapes here would make torch.compile compile again."""
+        """Eval mode, no gradients, low-precision weights quantized once; eager where the model trains, for the shapes
+        here would make torch.compile compile again."""
         training = self.model.training
         self.model.eval()
+        stance = "default" if self.compiled else "force_eager"
         try:
-            with self.whole(), torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+            with self.whole(), torch.inference_mode(), quantized_once(self.model), torch.compiler.set_stance(stance):
                 yield
         finally:
             self.model.train(training)

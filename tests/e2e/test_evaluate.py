@@ -97,7 +97,7 @@ def test_compiled_blocks_find_the_same(trained: Path) -> None:
         cache = trained / f"compiled_{compiled}"
         command("eval", "checkpoint=runs/r", *settings, cwd=trained, TORCHINDUCTOR_CACHE_DIR=str(cache))
         found[compiled] = json.loads((trained / f"{compiled}.json").read_text())["results"]
-        assert any(cache.rglob("*.so")) == (compiled == "on"), "what inductor made"
+        assert any(cache.rglob("*.py")) == (compiled == "on"), "inductor writes a module for each graph"
     assert found["on"] == found["auto"]
 
 

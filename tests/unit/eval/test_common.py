@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from PIL import Image
 
 from clipq.data.evalset import EvalShards
 from clipq.eval.common import EvalResult, ExampleKeeper
+from clipq.lowp import convert_linears
+from clipq.lowp.products import QuantizedWeight
+from clipq.lowp.recipe import LinearRecipe
 from tests.unit.eval.fakes import fake_encoder, labelled, unit, word_features
 
 
@@ -57,6 +61,28 @@ def test_evaluating_leaves_the_model_as_it_was(training: bool) -> None:
             pass
         assert encoder.model.training == frozen.training == training  # pyright: ignore
         assert torch.is_grad_enabled()
+
+
+def test_low_precision_weights_are_quantized_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = Counter()
+    for place in (sys.modules["clipq.lowp.convert"], sys.modules["clipq.lowp.linear"]):  # names of functions too
+        quantize = place.quantize_weight
+
+        def counted(weight: torch.Tensor, recipe: LinearRecipe, quantize=quantize) -> QuantizedWeight:
+            times["quantized"] += 1
+            return quantize(weight, recipe)
+
+        monkeypatch.setattr(place, "quantize_weight", counted)
+    encoder = fake_encoder()
+    encoder.model.tower = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    convert_linears(encoder.model, "switchback")
+    x = torch.randn(4, 8)
+    with encoder.evaluating():
+        once = [encoder.model.tower(x) for _ in range(3)]
+    assert times["quantized"] == 2
+    with torch.no_grad():
+        assert torch.equal(encoder.model.tower(x), once[2])
+    assert times["quantized"] == 4, "after it each forward quantizes again: weights may have been trained"
 
 
 def test_batches_tell_how_far_they_are(tmp_path: Path) -> None:
