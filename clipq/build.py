@@ -68,7 +68,7 @@ def reported_as_config_error() -> Iterator[None]:
     with raised_on_every_rank(ConfigError):
         try:
             yield
-        except (FileNotFoundError, RemoteError, ValueError) as error:
+        except (FileNotFoundError, PermissionError, RemoteError, ValueError) as error:
             raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
 
 

@@ -106,14 +106,18 @@ def build_evaluators(config: EvalConfig) -> tuple[list[Evaluator], dict[str, str
 
 def _absent(task: TaskConfig) -> str | None:
     """Why the data of a task are not there; None where they are. Whether they can be used is another matter."""
+    probe = task.kind is TaskKind.linear_probe
     try:
-        if task.benchmark is not None:
-            BenchmarkSet(task.benchmark, task.split).shards()
-        elif task.shards is not None:
-            expand(task.shards)
+        for split in (task.split, task.train_split)[: 1 + probe] if task.benchmark is not None else ():
+            BenchmarkSet(task.benchmark or "", split).shards()
+        for shards in (task.shards, task.train_shards):
+            if shards is not None:
+                expand(shards)
     except FileNotFoundError as error:
+        return str(error) if error.filename is None else f"{error.filename}: there is none"
+    except PermissionError as error:  # what the hub answers for a data set that there is none of
         return str(error)
-    named = (task.folder, task.labels, task.annotations)
+    named = (task.folder, task.labels, task.annotations, task.train_folder)
     return next((f"{path}: there is none" for path in named if path and not Path(path).expanduser().exists()), None)
 
 
@@ -155,13 +159,15 @@ def _classified_files(name: str, task: TaskConfig, classnames: list[str]) -> tup
     assert task.folder is not None
     files: list[tuple[str, str]] = []
     if task.labels is None:
-        names = [path.name for path in ImageFolder(task.folder).classes()]
+        folder = ImageFolder(task.folder)
+        # of an empty folder there is nothing to score, and no class to take an image for
+        names = [path.name for path in folder.classes() if not task.present_only or folder.images(path)]
     else:
         with _saying(f"eval.tasks.{name}.labels={task.labels}"):
             files = labelled_files(task.labels, task.folder)
         names = [label for _, label in files]
     with _saying(f"eval.tasks.{name}.class_ids={task.class_ids}, {task.labels or task.folder}"):
-        numbers = class_numbers(names, task.class_ids, len(classnames))
+        numbers = class_numbers(names, task.class_ids, classnames)
     present = sorted(set(numbers.values()))
     if task.present_only:
         classnames = [classnames[c] for c in present]

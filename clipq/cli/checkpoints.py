@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import glob
+import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
@@ -13,6 +15,8 @@ from omegaconf import OmegaConf
 from clipq.config.checks import ConfigError
 from clipq.config.groups import ModelConfig
 from clipq.config.schema import EvalJob
+
+log = logging.getLogger("clipq.cli.eval")
 
 
 @dataclass(frozen=True)
@@ -34,26 +38,66 @@ def choose(job: EvalJob) -> list[Chosen]:
     from clipq.report.runs import distinct_names
 
     given = [job.checkpoint] if isinstance(job.checkpoint, str) else job.checkpoint
+    several = len(given) > 1 or any(map(_is_pattern, given))
     paths = list(dict.fromkeys(path for pattern in given for path in _matches(pattern)))
     names = [path.replace("/", "-") for path in paths]
     if all(Path(path).exists() for path in paths):
         names = distinct_names([Path(path).resolve() for path in paths])
-    chosen = []
+    chosen: dict[str, Chosen] = {}
     for path, name in zip(paths, names, strict=True):
         model, output = resolve_checkpoint(job, path)
-        if job.output is not None:
-            output = Path(job.output)
-            output = output if len(paths) == 1 else output / f"{name.replace('/', '-')}.json"
-        chosen.append(Chosen(path if len(paths) == 1 else name, model, output))
-    return chosen
+        output = _output(job.output, output, name, several=several)
+        if (other := next((c for c in chosen.values() if c.output == output), None)) is not None:
+            if other.model.pretrained == model.pretrained:
+                continue  # the same by another name
+            raise ConfigError(
+                f"checkpoint={path}: its results would lie in {output}, where those of {other.name} do: name a folder "
+                "by output=, or evaluate them one by one"
+            )
+        chosen[path] = Chosen(name if several else path, model, output)
+    return list(chosen.values())
+
+
+def _output(asked: str | None, usual: Path, name: str, *, several: bool) -> Path:
+    """Where results go; a place where they could not is told before anything is evaluated.
+
+    Raises:
+        ConfigError: it is neither a JSON file nor a folder, or cannot be made.
+    """
+    output = usual
+    if asked is not None:
+        folder = several or asked.endswith("/") or Path(asked).is_dir()
+        if not folder and not asked.endswith(".json"):
+            raise ConfigError(f"output={asked}: expected a file that ends in .json, or a folder, which ends in /")
+        output = Path(asked) / f"{name.replace('/', '-')}.json" if folder else Path(asked)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output={asked}: {output.parent} cannot be made: {error.strerror}") from error
+    return output
+
+
+def _is_pattern(path: str) -> bool:
+    return glob.has_magic(path) and not Path(path).exists()
 
 
 def _matches(pattern: str) -> list[str]:
-    if not glob.has_magic(pattern) or Path(pattern).exists():
+    """Paths that a pattern stands for, but for those that hold no weights (yet)."""
+    from clipq.model.weights import WeightsError, find_weights
+
+    if not _is_pattern(pattern):
         return [pattern]
-    found = sorted(glob.glob(pattern))  # noqa: PTH207  absolute patterns too
+    found = []
+    for path in sorted(glob.glob(pattern)):  # noqa: PTH207  absolute patterns too
+        try:
+            find_weights(path)
+        except WeightsError:
+            log.warning("checkpoint=%s: %s has no weights, and is passed over", pattern, path)
+        else:
+            if not Path(path).name.startswith("damaged_"):
+                found.append(path)
     if not found:
-        raise ConfigError(f"checkpoint={pattern}: nothing matches this pattern")
+        raise ConfigError(f"checkpoint={pattern}: nothing with weights matches this pattern")
     return found
 
 
@@ -84,11 +128,18 @@ def resolve_checkpoint(job: EvalJob, checkpoint: str) -> tuple[ModelConfig, Path
             raise ConfigError(f"checkpoint={checkpoint}: its architecture is not known: name it, as in model=vit_b_32")
         named = ModelConfig(name=str(weights.parent / CONFIG_FILE))
     if named is None:
-        stored = yaml.safe_load(beside.read_text(encoding="utf-8"))["model"]
+        stored = _stored_model(beside)
         merged = OmegaConf.merge(OmegaConf.structured(ModelConfig), stored)
         named = OmegaConf.to_object(merged)
         assert isinstance(named, ModelConfig)
     return _with_weights(named, str(weights)), output
+
+
+def _stored_model(config: Path) -> Any:
+    try:
+        return yaml.safe_load(config.read_text(encoding="utf-8"))["model"]
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise ConfigError(f"{config} is not of a clipq run ({error}): name the model, as in model=vit_b_32") from error
 
 
 def _with_weights(model: ModelConfig, pretrained: str) -> ModelConfig:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
+from omegaconf import OmegaConf
 
-from clipq.cli.checkpoints import Chosen, as_stored, choose, resolve_checkpoint
+from clipq.cli.checkpoints import Chosen, as_stored, choose
+from clipq.cli.follow import follow, followed
 from clipq.cli.train import render_synthetic, synthetic
 from clipq.config.checks import ConfigError
-from clipq.config.choices import Switch
+from clipq.config.choices import MissingData, Switch
+from clipq.config.evaluation import TaskConfig
 from clipq.config.hydra import run
 from clipq.config.schema import EvalJob, check_backend
 from clipq.dist.slurm import adopt
@@ -25,9 +27,6 @@ if TYPE_CHECKING:
     from clipq.log.console import Console
 
 log = logging.getLogger("clipq.cli.eval")
-
-POLL = 10.0
-"""Seconds between two looks at a run that is followed."""
 
 
 def main() -> None:
@@ -69,9 +68,19 @@ def _evaluate(job: EvalJob, env: DistEnv) -> None:
     if run is not None:
         follow(evaluation, run)
         return
-    records = {one.name: evaluation.of(one) for one in chosen}
-    if len(records) > 1:
+    records, failures = {}, []
+    for one in chosen:
+        try:
+            records[one.name] = evaluation.of(one)
+        except ConfigError as error:
+            if len(chosen) == 1:
+                raise
+            log.error("%s: %s", one.name, error)
+            failures.append(one.name)
+    if len(chosen) > 1:
         console.message(table(records))
+    if failures:
+        raise ConfigError(f"{len(failures)} of {len(chosen)} checkpoints could not be evaluated: {', '.join(failures)}")
 
 
 class Evaluation:
@@ -82,6 +91,7 @@ class Evaluation:
     ) -> None:
         self.job, self.env, self.console = job, env, console
         self._evaluators, self._missing = evaluators, missing
+        self.tasks = {evaluator.task for evaluator in evaluators}
 
     def of(self, one: Chosen) -> dict[str, Any]:
         """Evaluates a checkpoint, and writes and shows what was found. Collective.
@@ -107,18 +117,25 @@ class Evaluation:
         log.info("evaluating %s (%s) on %s in %s", one.name, one.model.name, env.device, job.backend.precision.value)
         encoder = build_encoder(clip, job.backend, job.eval, env, self.console)
         encoder = replace(encoder, classifiers={}, compiled=compiled)
-        try:
-            results = [evaluator.run(encoder) for evaluator in self._evaluators]
-        except EvalError as error:
-            raise ConfigError(str(error)) from error
+        results, failed = [], {}
+        for evaluator in self._evaluators:
+            try:
+                results.append(evaluator.run(encoder))
+            except EvalError as error:
+                if job.eval.missing is MissingData.error:
+                    raise ConfigError(str(error)) from error
+                log.error("%s", error)  # of a suite the other sets count all the same
+                failed[evaluator.task] = str(error)
         facts = {
             "checkpoint": one.name,
+            "weights": str(one.model.pretrained),
             "model": one.model.name,
             "precision": job.backend.precision.value,
             "recipe": job.backend.recipe.value,
+            "tasks": {name: given(task) for name, task in job.eval.tasks.items()},
             "environment": environment(env.device, env.world_size),
         }
-        record = record_of(facts, results, job.eval.averages, self._missing)
+        record = record_of(facts, results, job.eval.averages, self._missing | failed)
         if env.is_main:
             write_results(one.output, record, results)
             self.console.message(table({one.name: record}))
@@ -127,68 +144,15 @@ class Evaluation:
         return record
 
 
-def followed(checkpoint: str) -> Path:
-    """The run folder that is followed.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    run = Path(checkpoint)
-    if not (run / "config.yaml").is_file():
-        raise ConfigError(f"follow=true checkpoint={checkpoint}: expected the folder of a run, with its config.yaml")
-    return run
+def given(task: TaskConfig) -> dict[str, Any]:
+    """The settings of a task that are not the defaults."""
+    settings, defaults = OmegaConf.structured(task), OmegaConf.structured(TaskConfig)
+    found = {key: settings[key] for key in settings if settings[key] != defaults[key]}
+    return {key: value.value if isinstance(value, Enum) else _plain(value) for key, value in found.items()}
 
 
-def follow(evaluation: Evaluation, run: Path) -> None:
-    """Evaluates the checkpoints of a run as they come, each once, until its last step. Collective.
-
-    What was found goes into `eval/metrics.jsonl` of the run too, which reports read.
-    """
-    from clipq.build import reported_as_config_error
-    from clipq.dist.gather import gather_objects
-
-    env = evaluation.env
-    while True:
-        new, ended = gather_objects(_new(run) if env.is_main else None)[0]
-        for path in new:
-            try:
-                with reported_as_config_error():
-                    model, output = resolve_checkpoint(evaluation.job, str(path))
-                record = evaluation.of(Chosen(str(path), model, output))
-            except ConfigError:
-                if gather_objects(path.exists())[0]:
-                    raise
-                log.warning("%s was removed before it was evaluated: raise checkpoint.keep_last of the run", path)
-                continue
-            if env.is_main:
-                _note(run, path, record)
-        if ended and not new:
-            log.info("%s has come to its last step, and all of its checkpoints are evaluated", run)
-            return
-        if not new:
-            time.sleep(POLL)
-
-
-def _new(run: Path) -> tuple[list[Path], bool]:
-    """Checkpoints that are not evaluated, or were written again since; whether the last of the run is there."""
-    from clipq.train.kept import found
-
-    paths = found(run / "checkpoints")
-    steps = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["steps"]
-    ended = bool(paths) and int(paths[-1].name.removeprefix("step_")) >= steps
-    results = [run / "eval" / f"{path.name}.json" for path in paths]
-    return [
-        path
-        for path, result in zip(paths, results, strict=True)
-        if not (result.is_file() and result.stat().st_mtime >= path.stat().st_mtime)
-    ], ended
-
-
-def _note(run: Path, path: Path, record: dict[str, Any]) -> None:
-    step = int(path.name.removeprefix("step_"))
-    rows = [{"kind": "eval", "step": step, "task": r["task"], "metrics": r["metrics"]} for r in record["results"]]
-    with (run / "eval" / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value, enum_to_str=True) if OmegaConf.is_config(value) else value
 
 
 def write_results(output: Path, record: dict[str, Any], results: list[EvalResult]) -> None:

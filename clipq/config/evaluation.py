@@ -92,11 +92,15 @@ class EvalConfig:
 
 def _check_task(where: str, task: TaskConfig) -> None:
     given = [name for name in ("shards", "folder", "benchmark") if getattr(task, name) is not None]
-    require(len(given) == 1, f"{where}: set exactly one of shards=, folder= and benchmark=")
+    require(
+        len(given) == 1,
+        f"{where}: set exactly one of shards=, folder= and benchmark= (presets take theirs from eval.root)",
+    )
     if task.shards is not None:
         strings(f"{where}.shards", task.shards)
     _check_folder(where, task)
     _check_training(where, task)
+    _check_unused(where, task)
     require(
         not task.subsets or task.kind is not TaskKind.multi_label,
         f"{where}.subsets: kind=multi_label has no accuracy on some of the classes",
@@ -124,6 +128,25 @@ def _check_task(where: str, task: TaskConfig) -> None:
 def _classifies(task: TaskConfig) -> bool:
     """A benchmark says itself what it is."""
     return task.benchmark is None and task.kind in (TaskKind.zero_shot, TaskKind.multi_label)
+
+
+def _check_unused(where: str, task: TaskConfig) -> None:
+    """Refuses what would be left unread."""
+    if task.benchmark is None:
+        for name in ("classnames", "templates"):
+            value = getattr(task, name)
+            require(
+                value is None or _classifies(task),
+                f"{where}.{name}={value}: kind={task.kind.value} has no class names: leave it out",
+            )
+        require(
+            task.split == "test" or task.annotations is not None,
+            f"{where}.split={task.split}: it is of a benchmark, or of Karpathy's annotations",
+        )
+    require(
+        task.train_split == "train" or (task.benchmark is not None and task.kind is TaskKind.linear_probe),
+        f"{where}.train_split={task.train_split}: it is for kind=linear_probe with benchmark=",
+    )
 
 
 def _check_training(where: str, task: TaskConfig) -> None:

@@ -340,7 +340,10 @@ def _wrong_value(path: str, error: ValidationError, kind: type) -> str:
 
 def _explain_missing_option(error: MissingConfigException) -> str:
     group, _, option = (error.missing_cfg_file or "").rpartition("/")
-    choices = sorted(error.options or [])
+    inside = configs_dir() / group
+    # of eval=suite/x Hydra lists the options of eval
+    choices = sorted(p.stem for p in inside.glob("*.yaml")) if "/" in group and inside.is_dir() else error.options or []
+    choices = sorted(choices)
     if not group:
         return str(error)
     close = difflib.get_close_matches(option, choices, n=1)

@@ -133,7 +133,7 @@ class EvalJob:
     eval: EvalConfig = MISSING
     """What to evaluate on (group `eval`)."""
     output: str | None = None
-    """JSON file for the results, or a folder for those of several checkpoints; None writes
+    """JSON file for the results, or a folder (always so for several checkpoints, or with follow); None writes
     `eval/<step or file name>.json` beside each checkpoint. A page of the same name lies beside it."""
     device: Device = Device.auto
     """auto takes CUDA where there is one."""
@@ -147,8 +147,8 @@ class EvalJob:
         )
         strings("checkpoint", self.checkpoint)
         require(
-            not self.follow or (isinstance(self.checkpoint, str) and self.output is None),
-            "follow=true: expected one run folder as checkpoint=, and no output=: results lie in the run's eval/",
+            not self.follow or isinstance(self.checkpoint, str),
+            "follow=true: expected one run folder as checkpoint=",
         )
 
 

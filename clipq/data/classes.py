@@ -23,22 +23,22 @@ def wordnet_ids() -> list[str]:
     return list(ImageNetInfo("imagenet-1k").label_names())
 
 
-def class_numbers(names: Iterable[str], ids: str, count: int) -> dict[str, int]:
+def class_numbers(names: Iterable[str], ids: str, classnames: Sequence[str]) -> dict[str, int]:
     """The class number of each name of a folder, or of a label.
 
     Args:
         names: as they are written.
         ids: `POSITION` (the n-th in the order of the names, all of which must be there), `NUMBER`, `IMAGENET` (WordNet
             ids), or a file with a name a line, line n naming class n.
-        count: classes, whose numbers are 0 to `count` - 1.
+        classnames: of the classes, by their numbers.
 
     Raises:
         ValueError: a name is of no class, or `ids` does not fit the number of classes.
         FileNotFoundError: there is no such file.
     """
-    names = sorted(set(names))
+    names, count = sorted(set(names)), len(classnames)
     if ids == POSITION:
-        return _by_position(names, count)
+        return _by_position(names, classnames)
     if ids == NUMBER:
         return _by_number(names, count)
     known = wordnet_ids() if ids == IMAGENET else _listed(ids)
@@ -46,6 +46,8 @@ def class_numbers(names: Iterable[str], ids: str, count: int) -> dict[str, int]:
         of = "ImageNet has 1000 WordNet ids" if ids == IMAGENET else f"{ids} has {len(known)} names"
         raise ValueError(f"{of}, but there are {count} class names")
     numbers = {name: number for number, name in enumerate(known)}
+    if ids != IMAGENET:  # folders have underscores where names have spaces, as those that `clipq-data make` reads
+        numbers = {name.replace(" ", "_"): number for name, number in numbers.items()} | numbers
     strange = [name for name in names if name not in numbers]
     if strange:
         kind = "a WordNet id of ImageNet's 1000 classes, as n01440764" if ids == IMAGENET else f"in {ids}"
@@ -54,7 +56,8 @@ def class_numbers(names: Iterable[str], ids: str, count: int) -> dict[str, int]:
     return {name: numbers[name] for name in names}
 
 
-def _by_position(names: list[str], count: int) -> dict[str, int]:
+def _by_position(names: list[str], classnames: Sequence[str]) -> dict[str, int]:
+    count = len(classnames)
     # '10' comes before '2': the third folder would be taken for class 2, and every figure would be wrong.
     if all(name.isdecimal() for name in names) and names != sorted(names, key=int):
         first = ", ".join(names[:3])
@@ -67,7 +70,18 @@ def _by_position(names: list[str], count: int) -> dict[str, int]:
             f"there are {len(names)} sub-folders, but {count} class names: class n is the n-th sub-folder. Where only "
             "some of the classes have one, set it to imagenet (WordNet ids), number, or a file with a name a line"
         )
+    named = {_plain(name): number for number, name in enumerate(classnames)}
+    for number, name in enumerate(names):
+        if named.get(_plain(name), number) != number and _plain(classnames[number]) != _plain(name):
+            raise ValueError(
+                f"sub-folder {name!r} comes as number {number} in the order of names, but class {named[_plain(name)]} "
+                "has that name: set it to a file with the names of the folders, line n naming class n"
+            )
     return {name: number for number, name in enumerate(names)}
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", " ").strip().lower()
 
 
 def _by_number(names: list[str], count: int) -> dict[str, int]:
@@ -75,6 +89,8 @@ def _by_number(names: list[str], count: int) -> dict[str, int]:
     if wrong is not None:
         raise ValueError(f"{wrong!r} is not a class number; set it to imagenet for WordNet ids")
     numbers = {name: int(name) for name in names}
+    if len(set(numbers.values())) < len(numbers):
+        raise ValueError("two of the names are one number, as 7 and 07")
     largest = max(numbers.values())
     if largest >= count:
         from_1 = largest == count and 0 not in numbers.values()

@@ -160,13 +160,16 @@ class ImageFolder:
             raise FileNotFoundError(f"{root}: expected a folder with one sub-folder of images for each class")
         return found
 
+    def images(self, folder: Path) -> list[Path]:
+        """Those of a sub-folder, in order."""
+        return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.name[0] != ".")
+
     def share(self, lane: int, lanes: int) -> Iterator[tuple[str, bytes, Any]]:
         number = 0
         for position, folder in enumerate(self.classes()):
-            label = position if self.numbers is None else self.numbers[folder.name]
-            for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES):
+            for path in self.images(folder):
                 if number % lanes == lane:
-                    yield _read(path, label)
+                    yield _read(path, position if self.numbers is None else self.numbers[folder.name])
                 number += 1
 
 

@@ -119,5 +119,5 @@ class MultiLabel:
             best = scores.topk(min(5, len(self.classnames)))
             names = [self.classnames[c] for c in best.indices.tolist()]
             pairs = [list(pair) for pair in zip(names, best.values.tolist(), strict=True)]
-            examples.append({"image": uri, "truth": ", ".join(shown), "best": pairs})
+            examples.append({"image": uri, "truth": shown, "best": pairs})
         return examples

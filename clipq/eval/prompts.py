@@ -40,7 +40,7 @@ def read_templates(where: str) -> Templates:
     """Templates from a file, one a line, or from `TEMPLATES`; each holds one `{}` for the class name.
 
     `{c}`, as in the field's benchmark files, is read as `{}`. A `.json` file has an object: class name -> its own
-    sentences, as descriptions of classes by a language model come.
+    sentences, as descriptions of classes by a language model come; `{}` in them is the name too.
 
     Raises:
         FileNotFoundError: neither a file nor a known list.
@@ -63,7 +63,7 @@ def _descriptions(where: str) -> dict[str, list[str]]:
     for name, sentences in found.items():
         if not (isinstance(sentences, list) and sentences and all(isinstance(s, str) and s.strip() for s in sentences)):
             raise ValueError(f"{where}: {name!r}: expected a list of one or more sentences")
-    return found
+    return {name: [s.replace("{c}", "{}") for s in sentences] for name, sentences in found.items()}
 
 
 def require_all(templates: Templates, classnames: Sequence[str], where: str) -> None:
@@ -86,7 +86,7 @@ def checked_templates(lines: Sequence[str], where: str) -> list[str]:
 def prompts(classname: str, templates: Templates) -> list[str]:
     """A sentence for each template; or those of the class."""
     if isinstance(templates, Mapping):
-        return list(templates[classname])
+        templates = templates[classname]
     return [t.replace("{}", classname) for t in templates]
 
 

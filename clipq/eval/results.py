@@ -77,10 +77,11 @@ def _lines(record: Mapping[str, Any]) -> list[tuple[tuple[str, str], str]]:
     for result in record["results"]:
         for name, value in result["metrics"].items():
             lines.append(((result["task"], name), shown(name, value)))
+    lines += [((task, "missing"), "–") for task in record["missing"]]
     for average in record["averages"]:
         value = "–" if average["mean"] is None else shown("mean", average["mean"])
         lines.append(((average["name"], of_how_many(average)), value))
-    return lines + [((task, "missing"), "–") for task in record["missing"]]
+    return lines
 
 
 def of_how_many(average: Mapping[str, Any]) -> str:

@@ -114,7 +114,7 @@ class Retrieval:
         examples = []
         for uri, number in keeper.kept():  # rank 0 keeps them, and its images come first
             scores, nearest = (texts @ images[number]).topk(min(5, len(texts)))
-            truth = words[int((owners == number).nonzero()[0, 0])]
+            truth = [words[t] for t in (owners == number).nonzero()[:, 0].tolist()]
             best = [[words[t], s] for t, s in zip(nearest.tolist(), scores.tolist(), strict=True)]
             examples.append({"image": uri, "truth": truth, "best": best})
         return examples

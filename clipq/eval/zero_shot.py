@@ -81,7 +81,8 @@ class _Tally:
     def add(self, images: Tensor, labels_B: Tensor, logits_BC: Tensor) -> None:
         n = logits_BC.shape[1]
         best = logits_BC.topk(min(5, n), dim=1).indices
-        right = best == labels_B[:, None]
+        # of NaN the first classes would be the best
+        right = (best == labels_B[:, None]) & logits_BC.isfinite().all(1, keepdim=True)
         ones = torch.ones_like(labels_B)
         self.counts_3C[0].index_add_(0, labels_B, ones)
         self.counts_3C[1].index_add_(0, labels_B, right[:, 0].long())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from clipq.report.runs import read_run
-from tests.helpers import colour_shards, command, command_on_two_ranks
+from tests.helpers import colour_shards, command, command_on_two_ranks, encode, picture, write_shard
 
 STEPS = ["step_00000004", "step_00000008", "step_00000012"]
 TASK = ["eval=zero_shot", "backend=fp32", "device=cpu", "eval.workers=1"]
@@ -49,9 +51,18 @@ def test_a_run_is_followed(trained: Path) -> None:
     assert [e.metrics["images"] for e in found] == [45, 45, 45]
     assert all(e.seconds > 0 for e in found), "the time is that of the step"
     assert done.stdout.count("evaluating") == 3
-    (folder / f"{STEPS[1]}.json").unlink()
+    rows = (folder / "metrics.jsonl").read_text().splitlines()
+    (folder / "metrics.jsonl").write_text("\n".join([rows[0], rows[2][:20], rows[2]]) + "\n")
     again = command("eval", "checkpoint=runs/r", "follow=true", *task(trained), cwd=trained)
-    assert again.stdout.count("evaluating") == 1, "the others are there"
+    assert again.stdout.count("evaluating") == 1, "the others are noted"
+    other = ["eval=retrieval", "device=cpu", "eval.workers=1", "output=followed"]
+    shards = ["eval.tasks.retrieval.shards=test/*.tar", "eval.tasks.retrieval.caption.field=txt"]
+    done = command("eval", "checkpoint=runs/r", "follow=true", *other, *shards, cwd=trained)
+    assert done.stdout.count("evaluating") == 3, "for another task they are not done"
+    assert sorted(p.name for p in (trained / "followed").glob("*.json")) == [f"{step}.json" for step in STEPS]
+    os.utime(trained / "runs" / "r" / "checkpoints" / STEPS[2])
+    again = command("eval", "checkpoint=runs/r", "follow=true", *task(trained), cwd=trained)
+    assert again.stdout.count("evaluating") == 1, "written anew"
 
 
 def test_many_checkpoints_and_a_set_that_is_not_there(trained: Path) -> None:
@@ -75,9 +86,12 @@ def test_many_checkpoints_and_a_set_that_is_not_there(trained: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        (["checkpoint=runs/r/checkpoints/none_*"], "nothing matches this pattern"),
+        (["checkpoint=runs/r/checkpoints/none_*"], "nothing with weights matches this pattern"),
         (["checkpoint=[runs/r,runs/gone]"], "runs/gone"),
         (["checkpoint=runs", "follow=true"], "expected the folder of a run"),
+        (["checkpoint=runs/r", "output=results"], "expected a file that ends in .json, or a folder, which ends in /"),
+        (["checkpoint=runs/r", "output=tiny.json/x.json"], "tiny.json cannot be made"),
+        (["checkpoint=[runs/r,a]", "output=out2/"], "checkpoint=a: no such file or folder"),
         (["checkpoint=[runs/r]", "follow=true"], "expected one run folder"),
         (["checkpoint=runs/r", "+eval.averages.x=[y]"], "expected names of eval.tasks"),
     ],
@@ -87,6 +101,32 @@ def test_mistakes(settings: list[str], says: str, trained: Path) -> None:
     assert done.returncode == 2
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_what_fails_does_not_take_the_others_along(trained: Path) -> None:
+    """A damaged checkpoint among good ones; a set of a suite whose labels are not its classes."""
+    shutil.copytree(trained / "runs" / "r" / "checkpoints", trained / "some")
+    weights = trained / "some" / STEPS[0] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    (trained / "some" / "no_checkpoint").mkdir()
+    labelled = [{"png": encode(picture("red", n)), "cls": "0"} for n in range(102)]
+    write_shard(trained / "late.tar", [*labelled, {"png": encode(picture("red", 1)), "cls": "7"}])
+    late = "{shards: late.tar, classnames: test/classnames.txt, templates: 'openclip:simple'}"
+    suite = [f"eval.tasks={{late: {late}}}", "eval.missing=report", "+eval.averages.all=[zero_shot,late]"]
+    done = command("eval", "checkpoint=some/*", "output=kept", *task(trained), cwd=trained, check=False)
+    assert done.returncode == 2
+    assert f"1 of 3 checkpoints could not be evaluated: {STEPS[0]}" in done.stderr
+    assert [p.name for p in sorted((trained / "kept").glob("*.json"))] == [f"{step}.json" for step in STEPS[1:]]
+    assert "no_checkpoint has no weights, and is passed over" in done.stdout + done.stderr
+    record = json.loads((trained / "kept" / f"{STEPS[1]}.json").read_text())
+    assert record["weights"].endswith(f"{STEPS[1]}/model.safetensors")
+    assert record["tasks"]["zero_shot"]["shards"] == f"{trained}/test/*.tar"
+    done = command("eval", "checkpoint=runs/r", "output=late.json", *task(trained, *suite), cwd=trained)
+    assert "an image has class 7" in done.stdout + done.stderr
+    record = json.loads((trained / "late.json").read_text())
+    assert [r["task"] for r in record["results"]] == ["zero_shot"]
+    assert "an image has class 7" in record["missing"]["late"]
+    assert record["averages"][0]["missing"] == ["late"]
 
 
 @pytest.mark.slow

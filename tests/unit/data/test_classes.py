@@ -93,8 +93,8 @@ def test_numbers_in_another_order_are_refused_by_position(tmp_path: Path) -> Non
     folder, names = str(folders(tmp_path / "images", [str(n) for n in range(11)])), lines(tmp_path, ["x"] * 11)
     with pytest.raises(ConfigError, match=r"eval\.tasks\.x\.class_ids=position, .*\(0, 1, 10, …\).*set it to number"):
         evaluator(folder=folder, classnames=names)
-    assert class_numbers([f"{n:02}" for n in range(11)], "position", 11) == {f"{n:02}": n for n in range(11)}
-    assert class_numbers(["1", "2", "3"], "position", 3) == {"1": 0, "2": 1, "3": 2}
+    assert class_numbers([f"{n:02}" for n in range(11)], "position", ["x"] * 11) == {f"{n:02}": n for n in range(11)}
+    assert class_numbers(["1", "2", "3"], "position", ["x"] * 3) == {"1": 0, "2": 1, "3": 2}
 
 
 @pytest.mark.parametrize(
@@ -105,6 +105,7 @@ def test_numbers_in_another_order_are_refused_by_position(tmp_path: Path) -> Non
         (["-1"], "number", 1000, "'-1' is not a class number"),
         (["0", "3"], "number", 3, "3 is not a class number: those of 3 class names are 0 to 2$"),
         (["1", "2", "3"], "number", 3, "Do they count from 1"),
+        (["7", "07"], "number", 9, "two of the names are one number"),
         (["n01440764", "cat"], "imagenet", 1000, r"'cat' is not a WordNet id .*\(1 of 2 names are not\)$"),
         (["0", "1"], "imagenet", 1000, "'0' is not a WordNet id.*set it to number"),
         (["n01440764"], "imagenet", 200, "ImageNet has 1000 WordNet ids, but there are 200 class names"),
@@ -113,7 +114,32 @@ def test_numbers_in_another_order_are_refused_by_position(tmp_path: Path) -> Non
 )
 def test_names_of_no_class(names: list[str], ids: str, count: int, says: str) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=says):
-        class_numbers(names, ids, count)
+        class_numbers(names, ids, ["x"] * count)
+
+
+def test_positions_that_contradict_names_are_refused(tmp_path: Path) -> None:
+    names = ["Green Circle", "red circle", "zebra"]
+    folders_in_order = ["green_circle", "red_circle", "zebra"]
+    by_position = {name: number for number, name in enumerate(folders_in_order)}
+    assert class_numbers(folders_in_order, "position", names) == by_position
+    assert class_numbers(["c1", "c2", "c3"], "position", names) == {"c1": 0, "c2": 1, "c3": 2}, "names of another kind"
+    assert class_numbers(["x", "y"], "position", ["crane", "crane"]) == {"x": 0, "y": 1}
+    assert class_numbers(["a", "crane", "d"], "position", ["b", "crane", "crane"])["crane"] == 1
+    with pytest.raises(ValueError, match=r"sub-folder 'green_circle' comes as number 0 .* but class 1 has that name"):
+        class_numbers(folders_in_order, "position", ["red circle", "green circle", "zebra"])
+    with pytest.raises(ValueError, match=r"'zebra' comes as number 1"):  # the folder of one class has another name
+        class_numbers(["a_lion", "zebra", "zoo"], "position", ["ape", "lion", "zebra"])
+    listed = lines(tmp_path, ["red circle", "green circle", "zebra"])
+    assert class_numbers(folders_in_order, listed, names) == {"green_circle": 1, "red_circle": 0, "zebra": 2}
+
+
+def test_empty_folders_are_no_classes_to_take_an_image_for(tmp_path: Path) -> None:
+    folder, names = folders(tmp_path / "images", ["0", "2"]), lines(tmp_path, ["an ape", "a bear", "a cat"])
+    (folder / "1").mkdir()
+    (folder / "1" / "._x.png").write_bytes(b"of macOS")
+    only = evaluator(folder=str(folder), class_ids="number", classnames=names, present_only=True)
+    assert only.classnames == ["an ape", "a cat"]
+    assert [target for _, _, target in only.source.share(0, 1)] == [0, 1]
 
 
 def test_faults_of_a_list(tmp_path: Path) -> None:
@@ -124,7 +150,7 @@ def test_faults_of_a_list(tmp_path: Path) -> None:
         (["a", "b", "c"], r"'d' is not in .*\(1 of 1"),
     ):
         with pytest.raises(ValueError, match=says):
-            class_numbers(["d"], lines(tmp_path, listed), 3)
+            class_numbers(["d"], lines(tmp_path, listed), ["x"] * 3)
 
 
 VAL = [f"ILSVRC2012_val_{n:08}.JPEG" for n in range(1, 6)]

@@ -86,7 +86,7 @@ def test_sentences_of_each_class(tmp_path: Path) -> None:
     path = tmp_path / "described.json"
     path.write_text(json.dumps({"tench": ["a fish {}", "it swims"], "crane": ["a bird"]}))
     found = read_templates(str(path))
-    assert prompts("tench", found) == ["a fish {}", "it swims"]
+    assert prompts("tench", found) == ["a fish tench", "it swims"]
     require_all(found, ["crane", "tench"], str(path))
     with pytest.raises(ValueError, match=r"described.json: no sentences for class 'dog' \(and 1 more\)"):
         require_all(found, ["tench", "dog", "cat"], str(path))

@@ -103,8 +103,8 @@ def test_task(tmp_path: Path, workers: int) -> None:
     assert result.kind == "retrieval"
     assert len(result.examples) == 3
     for example in result.examples:
-        n = int(example["truth"].split()[1])
-        assert example["truth"] == f"text {n} a"
+        n = int(example["truth"][0].split()[1])
+        assert example["truth"] == [f"text {n} a", f"text {n} b"], "each of them is right"
         scores = images[n] @ texts.T
         best = np.argsort(-scores)[:5]
         assert [w for w, _ in example["best"]] == [words[i] for i in best]

@@ -190,3 +190,10 @@ def test_a_classifier_is_made_once_where_the_model_stays_as_it_is(tmp_path: Path
             encoded.append(int(bool(encoder.model.encoded)))
         assert tuple(encoded) == times
         assert found[0] == found[1]
+
+
+def test_images_whose_features_are_nan_are_not_of_the_first_class(tmp_path: Path) -> None:
+    encoder = fake_encoder()
+    encoder.model.encode_image = lambda images: torch.full((len(images), 12), torch.nan)
+    metrics = ZeroShot("t", EvalShards(labelled(tmp_path, LABELS)), CLASSES, TEMPLATES).run(encoder).metrics
+    assert (metrics["top1"], metrics["top5"], metrics["images"]) == (0, 0, len(FLAT))
