@@ -66,7 +66,10 @@ def _evaluate(job: EvalJob, env: DistEnv) -> None:
         evaluators, missing = build_evaluators(job.eval)
     evaluation = Evaluation(job, env, console, evaluators, missing)
     if run is not None:
-        follow(evaluation, run)
+        try:
+            follow(evaluation, run)
+        except KeyboardInterrupt:  # how the waiting is ended; what was found is written
+            raise SystemExit(130) from None
         return
     records, failures = {}, []
     for one in chosen:

@@ -118,8 +118,8 @@ class EvalResult:
     kind: str
     metrics: dict[str, float]
     examples: list[dict[str, Any]] = field(default_factory=list)
-    """{"image": data URI of a PNG, "truth": str or list of them, "best": [[caption, score], …]} of some images, on rank 0
-    only."""
+    """Of some images, on rank 0 alone: {"image": data URI of a PNG, "truth": str or list of str, "best": [[caption,
+    score], …]}."""
     mistakes: list[dict[str, Any]] = field(default_factory=list)
     """The same of images that were taken for something else."""
     classes: list[dict[str, Any]] = field(default_factory=list)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -149,3 +152,21 @@ def test_two_processes_find_what_one_finds(trained: Path) -> None:
     one, two = (json.loads((trained / name).read_text()) for name in ("one.json", "two.json"))
     assert one["results"] == two["results"], "classes and confusions among them"
     assert sum(c["images"] for c in one["results"][0]["classes"]) == 45
+
+
+def test_waiting_is_ended_by_ctrl_c(trained: Path) -> None:
+    run = trained / "runs" / "longer"
+    shutil.copytree(trained / "runs" / "r" / "checkpoints" / STEPS[0], run / "checkpoints" / STEPS[0])
+    config = (trained / "runs" / "r" / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("steps: 12", "steps: 99"))
+    settings = [sys.executable, "-m", "clipq.cli.eval", "checkpoint=runs/longer", "follow=true", *task(trained)]
+    process = subprocess.Popen(settings, cwd=trained, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "waiting for a checkpoint of runs/longer after step 4 of 99" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 130
+    assert "Traceback" not in rest
+    assert (run / "eval" / "metrics.jsonl").read_text().count("zero_shot") == 1
