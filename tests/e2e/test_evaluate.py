@@ -160,7 +160,15 @@ def test_waiting_is_ended_by_ctrl_c(trained: Path) -> None:
     config = (trained / "runs" / "r" / "config.yaml").read_text()
     (run / "config.yaml").write_text(config.replace("steps: 12", "steps: 99"))
     settings = [sys.executable, "-m", "clipq.cli.eval", "checkpoint=runs/longer", "follow=true", *task(trained)]
-    process = subprocess.Popen(settings, cwd=trained, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        settings,
+        cwd=trained,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # who runs the tests in the background of a shell has the signal ignored, and so would have the process
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     assert process.stdout is not None
     for line in process.stdout:
         if "waiting for a checkpoint of runs/longer after step 4 of 99" in line:
