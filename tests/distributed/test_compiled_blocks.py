@@ -27,7 +27,7 @@ class Counting:
     def __init__(self) -> None:
         self.graphs = self.runs = 0
 
-    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any], **settings: Any) -> Callable[..., Any]:
         self.graphs += 1
         compiled = aot_eager(graph, inputs)
 
