@@ -106,10 +106,11 @@ def build_evaluators(config: EvalConfig) -> tuple[list[Evaluator], dict[str, str
 
 def _absent(task: TaskConfig) -> str | None:
     """Why the data of a task are not there; None where they are. Whether they can be used is another matter."""
-    probe = task.kind is TaskKind.linear_probe
+    splits = [task.split, *([task.train_split] if task.kind is TaskKind.linear_probe else [])]
     try:
-        for split in (task.split, task.train_split)[: 1 + probe] if task.benchmark is not None else ():
-            BenchmarkSet(task.benchmark or "", split).shards()
+        if task.benchmark is not None:
+            for split in splits:
+                BenchmarkSet(task.benchmark, split).shards()
         for shards in (task.shards, task.train_shards):
             if shards is not None:
                 expand(shards)

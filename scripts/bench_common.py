@@ -8,6 +8,8 @@ import json
 import re
 import statistics
 import subprocess
+import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -73,6 +75,23 @@ def copy_bandwidth() -> float:
     source = torch.empty(2**30, dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)
     return 2 * 2**30 / (milliseconds(lambda: target.copy_(source)) / 1e3)
+
+
+def alone(script: str, part: str, gpus: int = 1) -> dict[str, Any]:
+    """One part of a benchmark, by the same command with `--only` in a process of its own (for each GPU one), free of
+    what another left in memory and in the compiler.
+
+    {"error": its last line} where it does not run: of a peer that is a result too.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "part.json"
+        torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(gpus)] if gpus > 1 else []
+        command = [sys.executable, *torchrun, script, *sys.argv[1:], "--only", part, "--out", str(path)]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+        if path.exists():
+            return json.loads(path.read_text())
+        print(done.stderr[-3000:], file=sys.stderr)
+        return {"error": (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1][:200]}
 
 
 def free_memory() -> None:

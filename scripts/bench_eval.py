@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_common import kernels, median, wall_milliseconds, write
+from bench_common import alone, kernels, median, wall_milliseconds, write
 
 from clipq.build import build_model
 from clipq.build_backend import compile_blocks, convert
@@ -75,11 +72,9 @@ def main() -> None:
         return
     results: dict[str, Any] = {"model": options.model, "batch": options.batch, "backends": {}}
     for backend in options.backends:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "backend.json"
-            command = [sys.executable, __file__, *sys.argv[1:], "--only", backend, "--out", str(path)]
-            subprocess.run(command, check=True)
-            row = results["backends"][backend] = json.loads(path.read_text())
+        row = results["backends"][backend] = alone(__file__, backend)
+        if "error" in row:
+            raise SystemExit(f"{backend} does not run: {row['error']}")
         base = results["backends"][options.backends[0]]
         print(
             f"{backend:16} {row['images_per_second']:7.0f} img/s  × {base['ms'] / row['ms']:.3f}  kernels alone",

@@ -15,8 +15,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -26,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from bench_common import batch_of, median, run_of, wall_milliseconds, write
+from bench_common import alone, batch_of, median, run_of, wall_milliseconds, write
 
 from clipq.dist.env import DistEnv, distributed
 from clipq.train.graph import WARMUP_DDP
@@ -118,19 +116,6 @@ def measure_save(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def alone(options: argparse.Namespace, name: str) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "setting.json"
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(options.gpus)]
-        launcher = launcher if options.gpus > 1 else [sys.executable]
-        command = [*launcher, __file__, *sys.argv[1:], "--only", name, "--out", str(path)]
-        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-        if path.exists():
-            return json.loads(path.read_text())
-        print(done.stderr[-3000:], file=sys.stderr)
-        return {"error": (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1][:200]}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="+", help="data for clipq-train")
@@ -152,13 +137,13 @@ def main() -> None:
         return
     facts: dict[str, Any] = {key: vars(options)[key] for key in ("model", "backend", "batch", "gpus")}
     if options.save:
-        found = alone(options, "save")
+        found = alone(__file__, "save")
         print(found, flush=True)
         write(options.out, "save", f"Checkpoints of {options.model}", facts | found)
         return
     facts["settings"] = {}
     for name in options.settings:
-        facts["settings"][name] = alone(options, name)
+        facts["settings"][name] = alone(__file__, name, options.gpus)
         print(f"{name:36}", facts["settings"][name], flush=True)
         write(options.out, "parallel", f"Strategies, {options.model}", facts)
 

@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +18,7 @@ from typing import Any
 
 import open_clip
 import torch
-from bench_common import host_milliseconds, kernels, median, wall_milliseconds, write
+from bench_common import alone, host_milliseconds, kernels, median, wall_milliseconds, write
 from torch import nn
 
 from clipq.build_backend import COMPILER
@@ -180,19 +177,6 @@ def measure_graph(
     return median(times)
 
 
-def alone(options: argparse.Namespace, column: str) -> dict[str, Any]:
-    """One column in a process of its own, free of what another left in memory and in the compiler."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "column.json"
-        arguments = [*sys.argv[1:], "--only", column, "--out", str(path)]
-        done = subprocess.run([sys.executable, __file__, *arguments], stderr=subprocess.PIPE, text=True)
-        if path.exists():
-            return json.loads(path.read_text())
-        last = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
-        print(done.stderr[-3000:], file=sys.stderr)
-        return {"error": last[:200]}  # a peer that does not run is a result too
-
-
 def show(name: str, row: dict[str, Any], base: dict[str, Any], kernels: int) -> None:
     if "error" in row:
         print(f"{name:32} {row['error']}", flush=True)
@@ -233,7 +217,7 @@ def main() -> None:
     order = [*options.columns, *([options.columns[0]] if options.again else [])]
     for column in order:
         name = column if column not in results else f"{column}_again"
-        results[name] = alone(options, column)
+        results[name] = alone(__file__, column)
         if "error" in results[order[0]]:
             raise SystemExit(f"{order[0]} does not run: {results[order[0]]['error']}")
         show(name, results[name], results[order[0]], 0 if name.endswith("_again") else options.show)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import replace
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,13 +148,12 @@ class Evaluation:
 
 def given(task: TaskConfig) -> dict[str, Any]:
     """The settings of a task that are not the defaults."""
-    settings, defaults = OmegaConf.structured(task), OmegaConf.structured(TaskConfig)
-    found = {key: settings[key] for key in settings if settings[key] != defaults[key]}
-    return {key: value.value if isinstance(value, Enum) else _plain(value) for key, value in found.items()}
-
-
-def _plain(value: Any) -> Any:
-    return OmegaConf.to_container(value, enum_to_str=True) if OmegaConf.is_config(value) else value
+    settings, defaults = (
+        OmegaConf.to_container(OmegaConf.structured(of), enum_to_str=True) for of in (task, TaskConfig)
+    )
+    assert isinstance(settings, dict)
+    assert isinstance(defaults, dict)
+    return {str(key): value for key, value in settings.items() if value != defaults[key]}
 
 
 def write_results(output: Path, record: dict[str, Any], results: list[EvalResult]) -> None:
@@ -163,9 +161,9 @@ def write_results(output: Path, record: dict[str, Any], results: list[EvalResult
     from clipq.report.evaluation import evaluation_page
 
     pictures = {r.task: {"Taken for something else": r.mistakes, "Chosen at random": r.examples} for r in results}
-    output.parent.mkdir(parents=True, exist_ok=True)
+    output.parent.mkdir(parents=True, exist_ok=True)  # of a run that is followed it may be new
     output.with_suffix(".html").write_text(evaluation_page(record, pictures), encoding="utf-8")
-    part = output.with_name(f".{output.name}.part")  # a JSON that is there is whole: who follows a run asks for it
+    part = output.with_name(f".{output.name}.part")  # a JSON that is there is whole
     part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     part.replace(output)
 

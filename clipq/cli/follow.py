@@ -6,30 +6,20 @@ import json
 import logging
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from clipq.cli.checkpoints import Chosen, resolve_checkpoint
 from clipq.config.checks import ConfigError
-from clipq.config.schema import EvalJob
-from clipq.dist.env import DistEnv
+
+if TYPE_CHECKING:
+    from clipq.cli.eval import Evaluation
 
 log = logging.getLogger("clipq.cli.eval")
 
 POLL = 10.0
 """Seconds between two looks."""
-
-
-class Evaluation(Protocol):
-    """What is done with a checkpoint."""
-
-    job: EvalJob
-    env: DistEnv
-    tasks: set[str]
-    """Those that have data."""
-
-    def of(self, one: Chosen) -> dict[str, Any]: ...
 
 
 def followed(checkpoint: str) -> Path:

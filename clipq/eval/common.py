@@ -7,7 +7,7 @@ import io
 import json
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from clipq.data.evalset import EvalStream, Source
+from clipq.data.evalset import EvalStream, Source, first_targets
 from clipq.data.loader import Tokenizer, make_loader
 from clipq.dist.env import DistEnv
 from clipq.dist.stop import Stop
@@ -174,10 +174,18 @@ class Evaluator(Protocol):
         ...
 
 
-def to_check(task: str, source: Source) -> str:
-    """A sentence about the settings that a task's samples come from."""
-    *others, last = [f"eval.tasks.{task}.{name}" for name in source.settings]
-    return f"Check {', '.join(others)}{' and ' if others else ''}{last}"
+def look_at(task: str, source: Source) -> list[Any]:
+    """Targets of the first samples of a task.
+
+    Raises:
+        EvalError: none can be used; it names the settings that they come from.
+    """
+    try:
+        return first_targets(source)
+    except ValueError as error:
+        *others, last = [f"eval.tasks.{task}.{name}" for name in source.settings]
+        where = f"{', '.join(others)}{' and ' if others else ''}{last}"
+        raise EvalError(f"evaluation {task}: {error}. Check {where}") from error
 
 
 class ExampleKeeper:
@@ -190,9 +198,10 @@ class ExampleKeeper:
         self._seen = 0
         self._kept: list[tuple[Tensor, Any]] = []
 
-    def offer(self, images: Tensor, notes: Callable[[int], Any]) -> None:
-        """Considers a batch of normalised images; `notes(i)` is asked for only where image i is kept."""
-        for i in range(images.shape[0]):
+    def offer(self, images: Tensor, notes: Callable[[int], Any], among: Iterable[int] | None = None) -> None:
+        """Considers a batch of normalised images, or those of them `among` which the choice is; `notes(i)` is asked for
+        only where image i is kept."""
+        for i in range(images.shape[0]) if among is None else among:
             slot = self._seen if self._seen < self.count else self._rng.randint(0, self._seen)
             self._seen += 1
             if slot < self.count:

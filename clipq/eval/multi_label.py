@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clipq.data.evalset import EvalFaults, Source, first_targets
+from clipq.data.evalset import EvalFaults, Source
 from clipq.dist.gather import gather_objects, gather_rows
-from clipq.eval.common import Encoder, EvalError, EvalResult, ExampleKeeper, to_check
+from clipq.eval.common import Encoder, EvalError, EvalResult, ExampleKeeper, look_at
 from clipq.eval.prompts import Templates
 from clipq.eval.zero_shot import build_classifier
 
@@ -52,10 +52,7 @@ class MultiLabel:
 
     def check(self) -> None:
         """See `Evaluator.check`."""
-        try:
-            targets = first_targets(self.source)
-        except ValueError as error:
-            raise EvalError(f"evaluation {self.task}: {error}. {to_check(self.task, self.source)}") from error
+        targets = look_at(self.task, self.source)
         strange = next((len(t) for t in targets if len(t) != len(self.classnames)), None)
         if strange is not None:
             raise self._strange(strange)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clipq.data.evalset import EvalFaults, Source, first_targets
+from clipq.data.evalset import EvalFaults, Source
 from clipq.dist.gather import gather_objects, gather_rows
-from clipq.eval.common import Encoder, EvalError, EvalResult, ExampleKeeper, to_check
+from clipq.eval.common import Encoder, EvalError, EvalResult, ExampleKeeper, look_at
 
 AT = (1, 5, 10)
 
@@ -58,10 +58,7 @@ class Retrieval:
 
     def check(self) -> None:
         """See `Evaluator.check`."""
-        try:
-            first_targets(self.source)
-        except ValueError as error:
-            raise EvalError(f"evaluation {self.task}: {error}. {to_check(self.task, self.source)}") from error
+        look_at(self.task, self.source)
 
     def run(self, encoder: Encoder) -> EvalResult:
         """Metrics: image_to_text_r1/5/10 and text_to_image_r1/5/10 in [0, 1]; images, texts, failed, broken_shards.

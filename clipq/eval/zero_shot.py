@@ -11,9 +11,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipq.data.evalset import EvalFaults, Source, first_targets
+from clipq.data.evalset import EvalFaults, Source
 from clipq.dist.gather import gather_objects, gather_rows
-from clipq.eval.common import Encoder, EvalError, EvalResult, ExampleKeeper, to_check
+from clipq.eval.common import Encoder, EvalError, EvalResult, ExampleKeeper, look_at
 from clipq.eval.prompts import Templates, prompts
 
 CONFUSED, PAIRS = 2000, 50
@@ -97,8 +97,7 @@ class _Tally:
     def offer_mistakes(self) -> None:
         if self._before is not None:
             images, labels, logits, wrong = self._before
-            numbers = wrong.nonzero()[:, 0]
-            self.mistakes.offer(images[numbers.cpu()], _notes(labels[numbers], logits[numbers]))
+            self.mistakes.offer(images, _notes(labels, logits), among=wrong.nonzero()[:, 0].tolist())
             self._before = None
 
     def reduce(self) -> None:
@@ -125,10 +124,7 @@ class ZeroShot:
 
     def check(self) -> None:
         """See `Evaluator.check`."""
-        try:
-            targets = first_targets(self.source)
-        except ValueError as error:
-            raise EvalError(f"evaluation {self.task}: {error}. {to_check(self.task, self.source)}") from error
+        targets = look_at(self.task, self.source)
         strange = next((c for c in targets if not 0 <= c < len(self.classnames)), None)
         if strange is not None:
             raise self._strange(strange)

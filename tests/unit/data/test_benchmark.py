@@ -16,7 +16,7 @@ from clipq.eval.retrieval import Retrieval
 from clipq.eval.zero_shot import ZeroShot
 from tests.helpers import COLOURS, encode, picture, write_shard
 from tests.remote_server import Handler, http_server, impatient
-from tests.unit.eval.fakes import npy
+from tests.unit.eval.fakes import built, npy
 
 
 def benchmark_set(folder: Path, *, retrieval: bool = False) -> Path:
@@ -39,9 +39,7 @@ def benchmark_set(folder: Path, *, retrieval: bool = False) -> Path:
 
 
 def evaluator(**task: str) -> Retrieval | ZeroShot:
-    (found,), _ = build_evaluators(EvalConfig(tasks={"x": TaskConfig(**task)}))  # pyright: ignore[reportArgumentType]
-    assert isinstance(found, Retrieval | ZeroShot)
-    return found
+    return built(Retrieval | ZeroShot, **task)  # pyright: ignore[reportArgumentType, reportReturnType]
 
 
 def targets(found: Retrieval | ZeroShot) -> list[object]:
@@ -70,8 +68,7 @@ def test_multi_label_is_seen_by_itself(tmp_path: Path) -> None:
     for shard in range(2):
         samples = [{"png": encode(picture("red", n)), "npy": npy(labels[n])} for n in (2 * shard, 2 * shard + 1)]
         write_shard(folder / "test" / f"{shard}.tar", samples)
-    (found,), _ = build_evaluators(EvalConfig(tasks={"x": TaskConfig(benchmark=str(folder))}))
-    assert isinstance(found, MultiLabel)
+    found = built(MultiLabel, benchmark=str(folder))
     assert (found.classnames, found.templates) == (list(COLOURS)[:4], ["a {} photo.", "all {}."])
     assert [target.tolist() for _, _, target in found.source.share(0, 1)] == [[bool(x) for x in row] for row in labels]
     (tmp_path / "some.txt").write_text("red\n")

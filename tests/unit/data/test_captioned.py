@@ -8,21 +8,16 @@ from typing import Any
 
 import pytest
 
-from clipq.build_eval import build_evaluators
 from clipq.config.checks import ConfigError
 from clipq.config.choices import TaskKind
-from clipq.config.evaluation import EvalConfig, TaskConfig
 from clipq.data.captioned import captioned_files
 from clipq.eval.common import EvalError
 from clipq.eval.retrieval import Retrieval
-from tests.unit.eval.fakes import fake_encoder, noise
+from tests.unit.eval.fakes import built, fake_encoder, noise
 
 
 def retrieval(**task: Any) -> Retrieval:
-    settings = EvalConfig(tasks={"x": TaskConfig(kind=TaskKind.retrieval, **task)})
-    (found,), _ = build_evaluators(settings)
-    assert isinstance(found, Retrieval)
-    return found
+    return built(Retrieval, kind=TaskKind.retrieval, **task)
 
 
 def images(root: Path, names: list[str]) -> str:

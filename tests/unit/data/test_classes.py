@@ -8,13 +8,11 @@ from pathlib import Path
 import pytest
 from open_clip import IMAGENET_CLASSNAMES
 
-from clipq.build_eval import build_evaluators
 from clipq.config.checks import ConfigError
-from clipq.config.evaluation import EvalConfig, TaskConfig
 from clipq.data.classes import class_numbers, labelled_files, wordnet_ids
 from clipq.eval.common import EvalError
 from clipq.eval.zero_shot import ZeroShot
-from tests.unit.eval.fakes import fake_encoder, noise
+from tests.unit.eval.fakes import built, fake_encoder, noise
 
 WNIDS = ["n01440764", "n01443537", "n01498041", "n02123045", "n15075141"]
 """tench, goldfish, stingray, tabby, toilet paper"""
@@ -23,9 +21,7 @@ NUMBERS = [0, 1, 6, 281, 999]
 
 def evaluator(**task: object) -> ZeroShot:
     settings = {"classnames": "openclip:imagenet", "templates": "openclip:simple"} | task
-    (found,), _ = build_evaluators(EvalConfig(tasks={"x": TaskConfig(**settings)}))  # pyright: ignore[reportArgumentType]
-    assert isinstance(found, ZeroShot)
-    return found
+    return built(ZeroShot, **settings)
 
 
 def folders(root: Path, names: list[str]) -> Path:

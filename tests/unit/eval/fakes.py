@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from clipq.build_eval import build_evaluators
+from clipq.config.evaluation import EvalConfig, TaskConfig
 from clipq.dist.env import DistEnv
 from clipq.eval.common import Encoder
 from tests.helpers import encode, write_shard
@@ -89,3 +91,13 @@ def npy(labels: Any) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, np.array(labels, dtype=np.float32))
     return buffer.getvalue()
+
+
+E = TypeVar("E")
+
+
+def built(evaluator: type[E], /, **task: Any) -> E:
+    """The evaluator of the settings of one task, `x`."""
+    (found,), _ = build_evaluators(EvalConfig(tasks={"x": TaskConfig(**task)}))
+    assert isinstance(found, evaluator)
+    return found

@@ -15,7 +15,6 @@ import pytest
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
-from clipq.build_eval import build_evaluators
 from clipq.config.checks import ConfigError
 from clipq.config.choices import TaskKind
 from clipq.config.evaluation import EvalConfig, TaskConfig
@@ -27,7 +26,7 @@ from clipq.eval.linear_probe import LinearProbe, fit, held_out, search_strength
 from clipq.model.clip import create_model
 from clipq.model.weights import save_weights
 from tests.helpers import COLOURS, command, encode, picture, run_distributed, write_shard
-from tests.unit.eval.fakes import ONE_PROCESS, SIDE, fake_encoder, noise, picture_features, unit
+from tests.unit.eval.fakes import ONE_PROCESS, SIDE, built, fake_encoder, noise, picture_features, unit
 
 CLASSES = 7
 
@@ -239,9 +238,7 @@ def test_two_ranks_give_the_numbers_of_one(tmp_path: Path) -> None:
 
 
 def build(**task: Any) -> LinearProbe:
-    (found,), _ = build_evaluators(EvalConfig(tasks={"x": TaskConfig(kind=TaskKind.linear_probe, **task)}))
-    assert isinstance(found, LinearProbe)
-    return found
+    return built(LinearProbe, kind=TaskKind.linear_probe, **task)
 
 
 def class_folder(folder: Path, names: list[str]) -> str:
