@@ -114,12 +114,13 @@ def test_failures_are_told(cluster: Cluster) -> None:
 
 
 def test_evaluates_on_two_nodes(cluster: Cluster, whole: Path) -> None:
-    """Each image once, and the result beside the checkpoint."""
+    """Each image once, and the result and its page beside the checkpoint."""
     data, task = cluster.world / "data", "eval.tasks.zero_shot"
     files = {"shards": "*.tar", "classnames": "classnames.txt", "templates": "templates.txt"}
     job = cluster.submit(
         "eval.sbatch", f"checkpoint={whole}", "eval=zero_shot", *(f"{task}.{k}={data}/{v}" for k, v in files.items())
     )
     cluster.wait(job, "COMPLETED")
-    (written,) = (whole / "eval").iterdir()
+    (written,) = (whole / "eval").glob("*.json")
+    assert written.with_suffix(".html").exists()
     assert json.loads(written.read_text())["results"][0]["metrics"]["images"] == 128
