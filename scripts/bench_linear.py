@@ -30,16 +30,18 @@ LAYERS = {  # of ViT-H/14: inputs, outputs
 }
 
 
-def operations(tokens: int, n: int, m: int, recipe: str) -> dict[str, float]:
+def operations(
+    tokens: int, n: int, m: int, recipe: str, device: str = "cuda", timer: Callable[..., float] = milliseconds
+) -> dict[str, float]:
     """Milliseconds of each operation of a SwitchBack layer, and of the three bf16 products."""
     r = get_recipe(recipe)
     assert r.output is not None
     assert r.grad_input is not None
     forward, backward = r.output.left.dtype, r.grad_input.left.dtype
-    x = torch.randn(tokens, n, device="cuda", dtype=BF16)
-    g = torch.randn(tokens, m, device="cuda", dtype=BF16)
-    weight = torch.randn(m, n, device="cuda") / n**0.5
-    w16, bias, bias16 = weight.to(BF16), torch.randn(m, device="cuda"), torch.randn(m, device="cuda", dtype=BF16)
+    x = torch.randn(tokens, n, device=device, dtype=BF16)
+    g = torch.randn(tokens, m, device=device, dtype=BF16)
+    weight = torch.randn(m, n, device=device) / n**0.5
+    w16, bias, bias16 = weight.to(BF16), torch.randn(m, device=device), torch.randn(m, device=device, dtype=BF16)
     x_q, x_s, _ = kernels.quantize_rows(x, forward)
     g_q, g_s, _ = kernels.quantize_rows(g, backward)
     w_q, w_qt, w_s = kernels.quantize_tensor(weight, forward)
@@ -54,7 +56,7 @@ def operations(tokens: int, n: int, m: int, recipe: str) -> dict[str, float]:
         "quantize G and sum for the bias": lambda: kernels.quantize_rows(g, backward, column_sums=True),
         "input gradient": lambda: kernels.matmul(g_q, w_qt, g_s, w_s, out_dtype=BF16),
     }
-    return {name: milliseconds(call) for name, call in calls.items()}
+    return {name: timer(call) for name, call in calls.items()}
 
 
 def alone(tokens: int, n: int, m: int, recipe: str) -> dict[str, float]:

@@ -10,20 +10,15 @@ runs go to runs/spike/.
 from __future__ import annotations
 
 import argparse
-import io
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import webdataset as wds
 from bench_common import write
-from PIL import Image
+from paper.red_filter import make_shards
 
-from clipq.data.decode import decode_rgb
-from clipq.data.shards import expand, read_shard
 from clipq.report.runs import read_run
 from clipq.report.stability import PATCH_EMBEDDING, analyse
 
@@ -32,7 +27,6 @@ CHANGE = 2016
 """Steps before the first pairs in colour."""
 AROUND = (60, 140)
 """Steps before and after that are recorded."""
-SHARDS, PER_SHARD = 16, 1792
 VARIANTS = {
     "AdamW, β2 0.999": [],
     "AdamW, β2 0.99": ["optim.beta2=0.99"],
@@ -42,39 +36,6 @@ VARIANTS = {
 }
 ONCE = [name for name in VARIANTS if name not in ("AdamW, β2 0.999", "StableAdamW, β2 0.999")]
 """Variants that run with the first seed only."""
-
-
-def red_filter(image: np.ndarray) -> np.ndarray:
-    """What a red filter lets through: green and blue are black."""
-    return image * np.array([1, 0, 0], np.uint8)
-
-
-def encode(image: np.ndarray) -> bytes:
-    """As a JPEG that stores red, green and blue as they are: black channels stay black."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=95, subsampling=0, keep_rgb=True)
-    return buffer.getvalue()
-
-
-def make_shards(source: list[str], work: Path) -> None:
-    """WORK/red and WORK/colour, the same pairs in the same order."""
-    samples = [sample for shard in source for sample in read_shard(shard)]
-    if len(samples) < SHARDS * PER_SHARD:
-        raise SystemExit(f"{SHARDS * PER_SHARD:,} pairs are wanted, {len(samples):,} are there")
-    for kind in ("red", "colour"):
-        (work / kind).mkdir(parents=True, exist_ok=True)
-    parts = [samples[n * PER_SHARD :][:PER_SHARD] for n in range(SHARDS)]
-    with ProcessPoolExecutor() as pool:
-        list(pool.map(write_shard, [work] * SHARDS, range(SHARDS), parts))
-
-
-def write_shard(work: Path, number: int, samples: list[dict[str, Any]]) -> None:
-    name = f"{number:05}.tar"
-    with wds.TarWriter(str(work / "red" / name)) as red, wds.TarWriter(str(work / "colour" / name)) as colour:  # pyright: ignore
-        for sample in samples:
-            image, row = decode_rgb(sample["jpg"]), {"__key__": sample["__key__"], "txt": sample["txt"]}
-            red.write(row | {"jpg": encode(red_filter(image))})
-            colour.write(row | {"jpg": encode(image)})
 
 
 def train(variant: str, seed: int, work: Path, overrides: list[str]) -> dict[str, Any]:
@@ -118,7 +79,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--out", type=Path, required=True, help="JSON file")
     options, overrides = parser.parse_known_args()
-    make_shards(expand(options.shards), options.work)
+    make_shards(options.shards, options.work)
     jobs = [(v, s) for s in range(options.seeds) for v in VARIANTS if s == 0 or v not in ONCE]
     with ThreadPoolExecutor(options.jobs) as pool:
         found = list(pool.map(lambda job: train(job[0], job[1], options.work, overrides), jobs))

@@ -62,7 +62,7 @@ def to_job(cfg: DictConfig, kind: type[Job]) -> Job:
     try:
         job = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
-        raise ConfigError(_explain(error, kind)) from error
+        raise ConfigError(explain(error, kind)) from error
     assert isinstance(job, kind)
     return job
 
@@ -121,7 +121,7 @@ def run(
         try:
             jobs.append((to_job(cfg, kind), OmegaConf.to_yaml(cfg, resolve=True)))
         except (OmegaConfBaseException, ConfigError) as error:
-            _fail(_explain(error, kind))
+            _fail(explain(error, kind))
 
     try:
         try:
@@ -141,7 +141,7 @@ def run(
         print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from error
     except (HydraException, OmegaConfBaseException, ConfigError) as error:
-        _fail(_explain(error, kind))
+        _fail(explain(error, kind))
 
 
 def _run_launched(cfg: DictConfig, kind: type[Job], function: Callable[[Job, str], None]) -> None:
@@ -150,7 +150,7 @@ def _run_launched(cfg: DictConfig, kind: type[Job], function: Callable[[Job, str
     try:
         function(to_job(cfg, kind), OmegaConf.to_yaml(cfg, resolve=True))
     except (OmegaConfBaseException, ConfigError) as error:
-        message = _explain(error, kind)
+        message = explain(error, kind)
         print(message, file=sys.stderr, flush=True)
         raise RunFailedError(message) from None
     except SystemExit as end:
@@ -299,7 +299,7 @@ def _no_such_setting(path: str, known: list[str]) -> str:
     return f"{path}: no such setting.{hint} {parent or 'The top level'} has: {', '.join(known)}"
 
 
-def _explain(error: BaseException, kind: type) -> str:
+def explain(error: BaseException, kind: type) -> str:
     """One readable message for what Hydra or OmegaConf found wrong."""
     if isinstance(error, OverrideParseException):
         return (
