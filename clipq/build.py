@@ -72,8 +72,12 @@ def reported_as_config_error() -> Iterator[None]:
             raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
 
 
-def build_model(config: ModelConfig, loss: Loss = Loss.softmax) -> ClipModel:
-    """The model of a configuration on the CPU, with tokenizer and preprocessing, and what the loss needs of it."""
+def build_model(config: ModelConfig, loss: Loss = Loss.softmax, *, meta: bool = False) -> ClipModel:
+    """The model of a configuration on the CPU, with tokenizer and preprocessing, and what the loss needs of it.
+
+    Args:
+        meta: on the device `meta` instead, without numbers.
+    """
     packaged = configs_dir() / "arch" / f"{config.name}.json"
     return create_model(
         str(packaged) if packaged.is_file() else config.name,
@@ -84,7 +88,25 @@ def build_model(config: ModelConfig, loss: Loss = Loss.softmax) -> ClipModel:
         qk_norm=config.qk_norm,
         grad_checkpointing=config.grad_checkpointing,
         logit_bias=loss is Loss.siglip,
+        meta=meta,
     )
+
+
+def freeze_untrained(clip: ClipModel, job: TrainJob) -> None:
+    """Freezes what the loss does not train.
+
+    Raises:
+        ConfigError: the loss leaves out a part of the model that it should not.
+    """
+    if job.loss is Loss.softmax and getattr(clip.model, "logit_bias", None) is not None:
+        raise ConfigError(
+            f"loss=softmax with model.name={job.model.name}: a SigLIP model, whose logit bias it does not train: "
+            "choose loss=siglip"
+        )
+    decoder: nn.Module | None = getattr(clip.model, "text_decoder", None)
+    if decoder is not None:
+        decoder.requires_grad_(False)
+        log.warning("text_decoder is not trained: clipq has CoCa's contrastive loss, not its captioning loss")
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW | StableAdamW:
@@ -147,15 +169,7 @@ def build_run(job: TrainJob, env: DistEnv, folder: Path, yaml: str, console: Con
             source.check()
         evaluators, _ = build_evaluators(job.eval)
         clip = build_model(job.model, job.loss)
-    if job.loss is Loss.softmax and getattr(clip.model, "logit_bias", None) is not None:
-        raise ConfigError(
-            f"loss=softmax with model.name={job.model.name}: a SigLIP model, whose logit bias it does not train: "
-            "choose loss=siglip"
-        )
-    decoder: nn.Module | None = getattr(clip.model, "text_decoder", None)
-    if decoder is not None:
-        decoder.requires_grad_(False)
-        log.warning("text_decoder is not trained: clipq has CoCa's contrastive loss, not its captioning loss")
+    freeze_untrained(clip, job)
     for line in clip.report.lines():
         log.info("%s", line)
     flops = flops_per_pair(clip.model, clip.preprocess.size, clip.context_length)

@@ -31,11 +31,14 @@ COMPILER: dict[str, Any] = {"deterministic": True}
 FP8 = {Fp8.e4m3: torch.float8_e4m3fn, Fp8.e5m2: torch.float8_e5m2}
 
 
-def convert(clip: ClipModel, config: BackendConfig, *, pairs: int, training: bool) -> None:
+def convert(
+    clip: ClipModel, config: BackendConfig, *, pairs: int, training: bool, device_name: str | None = None
+) -> None:
     """Turns the linear layers of clipq's blocks into those of the recipe, and says what became of which.
 
     Args:
         pairs: images, and texts, that this process computes at a time.
+        device_name: of the GPU that it is for; None for the device that the model is on.
 
     Raises:
         ConfigError: the model has no such blocks, or `backend.skip` names no table.
@@ -52,7 +55,7 @@ def convert(clip: ClipModel, config: BackendConfig, *, pairs: int, training: boo
             "could convert: choose backend=bf16, or a ViT of OpenCLIP such as model=vit_b_32"
         )
     device = next(clip.model.parameters()).device
-    table = speed_table(config.skip, recipe.name, device)
+    table = speed_table(config.skip, recipe.name, device, device_name)
     slow = slow_layers(clip, recipe.name, table, pairs=pairs, training=training) if table is not None else {}
 
     def wanted(name: str, _: nn.Linear) -> bool | str:
@@ -63,15 +66,19 @@ def convert(clip: ClipModel, config: BackendConfig, *, pairs: int, training: boo
         log.info("%s", line)
 
 
-def speed_table(skip: str, recipe: str, device: torch.device) -> SpeedTable | None:
+def speed_table(skip: str, recipe: str, device: torch.device, name: str | None = None) -> SpeedTable | None:
     """The table that `backend.skip` names; None, with a word why, where there is none. Says what it does not tell.
+
+    Args:
+        name: of the GPU, in place of that of `device`.
 
     Raises:
         ConfigError: no table can be read from the file.
     """
     if skip == "off":
         return None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+    if name is None:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
     try:
         table = shipped_table(name) if skip == "auto" else read_table(Path(skip))
     except (OSError, ValueError) as error:

@@ -103,39 +103,43 @@ def find_sources(config: DataConfig) -> list[Source]:
     Raises:
         FileNotFoundError, ValueError: as of `expand`, `read_counts` and `build_cache`.
     """
-    captions, filter, cache = build_captions(config.caption), build_filter(config.filter), build_cache(config)
-    if config.shards is not None:
+    cache = build_cache(config)
+    return [find_source(config, name, cache) for name in config.sources or [None]]
+
+
+def find_source(config: DataConfig, name: str | None, cache: Cache | None) -> Source:
+    """The source of this name; None for `data.shards`.
+
+    Raises:
+        FileNotFoundError, ValueError: as of `expand` and `read_counts`.
+    """
+    captions, filter = build_captions(config.caption), build_filter(config.filter)
+    if name is None:
         shards = expand(config.shards)
         tables = build_tables(shards, config.table, config.caption, filter, setting="data.shards", columns="data.table")
-        return [_source(shards, tables, captions, config.image, filter=filter, cache=cache)]
-    sources: list[Source] = []
-    for name, source in config.sources.items():
-        setting = f"data.sources.{name}"
-        shards = expand(source.shards)
-        own = captions if source.caption is None else build_captions(source.caption)
-        kept = filter if source.filter is None else build_filter(source.filter)
-        tables = build_tables(
-            shards,
-            source.table or config.table,
-            source.caption or config.caption,
-            kept,
-            setting=setting,
-            columns="data.table" if source.table is None else f"{setting}.table",
-        )
-        sources.append(
-            _source(
-                shards,
-                tables,
-                own,
-                source.image or config.image,
-                weight=source.weight,
-                passes=source.passes,
-                setting=setting,
-                filter=kept,
-                cache=cache,
-            )
-        )
-    return sources
+        return _source(shards, tables, captions, config.image, filter=filter, cache=cache)
+    source, setting = config.sources[name], f"data.sources.{name}"
+    shards = expand(source.shards)
+    kept = filter if source.filter is None else build_filter(source.filter)
+    tables = build_tables(
+        shards,
+        source.table or config.table,
+        source.caption or config.caption,
+        kept,
+        setting=setting,
+        columns="data.table" if source.table is None else f"{setting}.table",
+    )
+    return _source(
+        shards,
+        tables,
+        captions if source.caption is None else build_captions(source.caption),
+        source.image or config.image,
+        weight=source.weight,
+        passes=source.passes,
+        setting=setting,
+        filter=kept,
+        cache=cache,
+    )
 
 
 def _source(shards: list[str], tables: list[TableShards] | None, captions: Captions, image: str, **more: Any) -> Source:

@@ -92,11 +92,13 @@ def build_evaluators(config: EvalConfig) -> tuple[list[Evaluator], dict[str, str
     """
     missing = {}
     if config.missing is MissingData.report:
-        missing = {name: why for name, task in config.tasks.items() if (why := _absent(task)) is not None}
+        missing = {name: why for name, task in config.tasks.items() if (why := absent(task)) is not None}
     if missing and len(missing) == len(config.tasks):
         name, why = next(iter(missing.items()))
         raise ConfigError(f"eval.root={config.root}: none of the {len(missing)} data sets is there; {name}: {why}")
-    evaluators = [_evaluator(name, task, config.examples) for name, task in config.tasks.items() if name not in missing]
+    evaluators = [
+        build_evaluator(name, task, config.examples) for name, task in config.tasks.items() if name not in missing
+    ]
     for evaluator in evaluators:
         evaluator.check()
     for name, why in missing.items():
@@ -104,7 +106,7 @@ def build_evaluators(config: EvalConfig) -> tuple[list[Evaluator], dict[str, str
     return evaluators, missing
 
 
-def _absent(task: TaskConfig) -> str | None:
+def absent(task: TaskConfig) -> str | None:
     """Why the data of a task are not there; None where they are. Whether they can be used is another matter."""
     splits = [task.split, *([task.train_split] if task.kind is TaskKind.linear_probe else [])]
     try:
@@ -122,7 +124,7 @@ def _absent(task: TaskConfig) -> str | None:
     return next((f"{path}: there is none" for path in named if path and not Path(path).expanduser().exists()), None)
 
 
-def _evaluator(name: str, task: TaskConfig, examples: int) -> Evaluator:
+def build_evaluator(name: str, task: TaskConfig, examples: int) -> Evaluator:
     if task.kind is TaskKind.linear_probe:
         return _linear_probe(name, task)
     if task.benchmark is not None:

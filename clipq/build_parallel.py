@@ -52,13 +52,23 @@ def parallelize(
     return wrapped, None
 
 
-def _shard(clip: ClipModel, config: ParallelConfig, backend: BackendConfig, env: DistEnv) -> Sharded:
-    units = [block for _, block in blocks(clip.model)]
+def units_of(clip: ClipModel, config: ParallelConfig) -> list[nn.Module]:
+    """The modules that are sharded one by one.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    units: list[nn.Module] = [block for _, block in blocks(clip.model)]
     if not units:
         raise ConfigError(
             f"parallel={config.strategy.value}: no tower of this model has clipq's blocks, which are sharded one by "
             "one: choose parallel=ddp, or a ViT of OpenCLIP such as model=vit_b_32"
         )
+    return units
+
+
+def _shard(clip: ClipModel, config: ParallelConfig, backend: BackendConfig, env: DistEnv) -> Sharded:
+    units = units_of(clip, config)
     for name in clip.report.kept:
         log.warning(
             "parallel=%s: all of %s is whole from forward to backward: it has blocks of its own",

@@ -57,6 +57,11 @@ def render_synthetic(yaml: str) -> None:
 
 def train_job(job: TrainJob, yaml: str, *, stop: Stop) -> None:
     """Runs a job on this process and those that torchrun started beside it."""
+    if job.dry_run:
+        from clipq.cli.dry_run import dry_run
+
+        dry_run(job, yaml)
+        return
     from clipq.dist.env import (
         cuda_capability,
         distributed,

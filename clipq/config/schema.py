@@ -7,12 +7,13 @@ setting, what was expected and how to mend it.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
 
-from clipq.config.checks import require, strings
+from clipq.config.checks import ConfigError, require, strings
 from clipq.config.choices import Device, GuardPolicy, Loss, Precision, Recipe, Resume, Strategy, Switch
 from clipq.config.data import DataConfig
 from clipq.config.evaluation import EvalConfig
@@ -77,12 +78,22 @@ class TrainJob:
     -10, and a logit scale of 10 to start with, as its paper does."""
     max_logit_scale: float = 100.0
     """The logit scale is clamped to at most this after each step."""
+    dry_run: bool = False
+    """Train nothing and write nothing: print what the command would do, what it would take in memory, time and disk,
+    and what is wrong with it. See docs/slurm.md."""
+    gpus: int | None = None
+    """For dry_run: GPUs that the run is planned for; None for the processes that were started."""
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, f"steps={self.steps}: expected 1 or more")
         require(self.batch_size >= 2, f"batch_size={self.batch_size}: a contrast needs at least 2 pairs")
         require(self.accumulation >= 1, f"accumulation={self.accumulation}: expected 1 or more")
         require(self.seed >= 0, f"seed={self.seed}: expected 0 or more")
+        require(
+            self.gpus is None or self.dry_run,
+            f"gpus={self.gpus} without dry_run=true: it plans a run; torchrun or SLURM start its processes",
+        )
+        require(self.gpus is None or self.gpus >= 1, f"gpus={self.gpus}: expected 1 or more, or null")
         require(
             1 <= self.max_logit_scale < math.inf, f"max_logit_scale={self.max_logit_scale}: expected a number from 1 on"
         )
@@ -162,6 +173,29 @@ def check(job: TrainJob, *, world_size: int, local_world_size: int, capability: 
     Raises:
         ConfigError: the job cannot run with `world_size` processes on this device.
     """
+    for problem in problems(job, world_size=world_size, local_world_size=local_world_size, capability=capability):
+        raise ConfigError(problem)
+
+
+def problems(
+    job: TrainJob, *, world_size: int, local_world_size: int, capability: tuple[int, int] | None
+) -> Iterator[str]:
+    """All that `check` would refuse, one after another."""
+    checks = (
+        lambda: _check_batch(job, world_size),
+        lambda: _check_parallel(job, world_size, local_world_size),
+        lambda: _check_lanes(job, world_size),
+        lambda: check_backend(job.backend, device=job.device, capability=capability),
+        lambda: _check_cuda_graph(job, capability),
+    )
+    for one in checks:
+        try:
+            one()
+        except ConfigError as error:
+            yield str(error)
+
+
+def _check_batch(job: TrainJob, world_size: int) -> None:
     require(
         job.batch_size % world_size == 0,
         f"batch_size={job.batch_size} is not divisible by the {world_size} processes: "
@@ -174,6 +208,9 @@ def check(job: TrainJob, *, world_size: int, local_world_size: int, capability: 
         f"{f' on each of {world_size} processes' if world_size > 1 else ''}: the nearest that can: "
         f"{max(1, round(job.batch_size / parts)) * parts}",
     )
+
+
+def _check_parallel(job: TrainJob, world_size: int, local_world_size: int) -> None:
     require(
         job.parallel.strategy is not Strategy.none or world_size == 1,
         f"parallel=none with {world_size} processes: choose parallel=ddp, or start one process",
@@ -185,13 +222,18 @@ def check(job: TrainJob, *, world_size: int, local_world_size: int, capability: 
             f"backend.precision=fp16 with parallel={job.parallel.strategy.value}: torch's dynamic loss scale does not "
             "take shards: set backend.loss_scale=65536, or choose backend=bf16",
         )
+
+
+def _check_lanes(job: TrainJob, world_size: int) -> None:
     lanes = job.data.lanes
     require(
         lanes is None or lanes % world_size == 0,
         f"data.lanes={lanes} cannot be shared evenly by {world_size} processes: "
         f"the nearest that can: {max(1, round((lanes or 1) / world_size)) * world_size}",
     )
-    check_backend(job.backend, device=job.device, capability=capability)
+
+
+def _check_cuda_graph(job: TrainJob, capability: tuple[int, int] | None) -> None:
     require(
         job.backend.cuda_graph is not Switch.on or (capability is not None and job.device is not Device.cpu),
         "backend.cuda_graph=on needs a CUDA GPU: choose backend.cuda_graph=auto",

@@ -90,7 +90,7 @@ def ensure(*, train: int = 20000, test_per_class: int = 40, size: int = 48, seed
         CacheError: the folder cannot be written.
     """
     folder = folder_of(train=train, test_per_class=test_per_class, size=size, seed=seed)
-    if _is_complete(folder):
+    if is_complete(folder):
         return folder
     print(f"rendering the built-in data set ({train:,} pictures) into {folder} ...", file=sys.stderr, flush=True)
     work = None
@@ -113,7 +113,7 @@ def ensure(*, train: int = 20000, test_per_class: int = 40, size: int = 48, seed
     return folder
 
 
-def _is_complete(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """Whether every file is there in its full length: a folder gets its name when complete, but disks lose files."""
     try:
         files = json.loads((folder / "index.json").read_text())["files"]
@@ -127,14 +127,14 @@ def _publish(work: Path, folder: Path) -> None:
     try:
         work.rename(folder)
     except OSError:
-        if _is_complete(folder):
+        if is_complete(folder):
             return
         if folder.exists():  # damaged: out of the way with it, into the folder that the caller removes
             folder.rename(work.with_name(work.name + ".damaged"))
         try:
             work.rename(folder)
         except OSError:
-            if not _is_complete(folder):
+            if not is_complete(folder):
                 raise
         finally:
             shutil.rmtree(work.with_name(work.name + ".damaged"), ignore_errors=True)

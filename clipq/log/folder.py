@@ -49,6 +49,8 @@ FREE = (
     "resume",
     "runs",
     "name",
+    "dry_run",
+    "gpus",
     "data.root",
     "data.prefetch",
     "data.workers",

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+import torch
 from open_clip.model import set_model_preprocess_cfg
 from open_clip.timm_model import TimmModel
 from open_clip.tokenizer import HFTokenizer
@@ -91,6 +92,7 @@ def create_model(
     qk_norm: bool = False,
     grad_checkpointing: bool = False,
     logit_bias: bool = False,
+    meta: bool = False,
 ) -> ClipModel:
     """Builds a model on the CPU in fp32, in training mode; torch's default generator draws its weights.
 
@@ -104,6 +106,8 @@ def create_model(
         grad_checkpointing: recompute each block's activations in the backward.
         logit_bias: the model has a bias of its logits, for SigLIP's loss. This and the logit scale begin at the values
             of SigLIP's paper where the architecture names none.
+        meta: build it on torch's device `meta`: shapes and no numbers, in no memory. Weights of `pretrained` have to be
+            there, and are not read.
 
         None (False) leaves the model's own setting.
 
@@ -123,13 +127,17 @@ def create_model(
     )
     tag, file = _resolve_pretrained(arch, pretrained)
     tokenizer = _tokenizer(arch)
-    model = _build(arch, config, tag, image_size, load_text=file is None)
+    if meta:
+        with torch.device("meta"):
+            model = _build(arch, config, None, image_size, load_text=False, device="meta")
+    else:
+        model = _build(arch, config, tag, image_size, load_text=file is None)
     if arch.vision_kind == "timm":
         _check_timm_size(model, arch)
     if grad_checkpointing:
         _checkpoint_blocks(model, arch)
     report = replace_blocks(model)
-    if file is not None:
+    if file is not None and not meta:
         load_openclip(model, read_weights(file), source=f"weights {file} into {arch.name}")
         _adopt_preprocess(model, read_preprocess(file))
     return ClipModel(arch.name, model, tokenizer, _preprocess(model), report, config)
@@ -153,7 +161,13 @@ def _resolve_pretrained(arch: Architecture, pretrained: str | None) -> tuple[str
 
 
 def _build(
-    arch: Architecture, config: dict[str, Any], tag: str | None, image_size: int | None, *, load_text: bool
+    arch: Architecture,
+    config: dict[str, Any],
+    tag: str | None,
+    image_size: int | None,
+    *,
+    load_text: bool,
+    device: str = "cpu",
 ) -> nn.Module:
     if arch.vision_kind == "timm":
         config["vision_cfg"]["timm_model_pretrained"] = False  # random unless `pretrained` says otherwise
@@ -162,7 +176,7 @@ def _build(
     if arch.text_kind == "huggingface":
         config["text_cfg"]["hf_model_pretrained"] = load_text and tag is None
     # timm towers take another size only through force_image_size, the others through the configuration.
-    options: dict[str, Any] = {"pretrained": tag, "force_image_size": image_size, "output_dict": True}
+    options: dict[str, Any] = {"pretrained": tag, "force_image_size": image_size, "output_dict": True, "device": device}
     try:
         with _quiet():
             if not arch.from_file:

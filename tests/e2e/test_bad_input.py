@@ -75,6 +75,8 @@ MISTAKES = {
     "a bound where a scaler decides": (["guard.rise=2", "backend=fp16"], ["guard.rise=2", "backend.precision=fp16"]),
     "watching never": (["watch.every=0"], ["watch.every=0", "1 or more steps"]),
     "nothing to skip": (["backend.skip=auto"], ["backend.skip=auto", "nothing to skip"]),
+    "GPUs of no plan": (["gpus=8"], ["gpus=8 without dry_run=true", "torchrun or SLURM"]),
+    "a plan for no GPUs": (["dry_run=true", "gpus=0"], ["gpus=0: expected 1 or more, or null"]),
     "no parts of a batch": (["accumulation=0"], ["accumulation=0: expected 1 or more"]),
     "CUDA graph on a CPU": (["backend.cuda_graph=on", "device=cpu"], ["backend.cuda_graph=on needs a CUDA GPU"]),
     "buckets without DDP": (
