@@ -14,13 +14,15 @@ taken to another machine, and unfinished ones go on from their checkpoints. Figu
   launcher=NAME   Hydra's launcher: each run is a job of its own
   runs=FOLDER     run folders and records (runs/reproduce)
   out=FOLDER      figures (docs/results; with another scale than small FOLDER/<scale> of the runs)
-  KEY=VALUE       for clipq-train, of every run: data.root=, eval.root=, device=, …
+  KEY=VALUE       for clipq-train, of every run: data.root=, eval.root=, device=, …; dry_run=true gpus=N prints the
+                  plan of each arm, and trains nothing
 """
 
 from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,17 @@ import torch
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from paper.figures import FIGURES, Figure
-from paper.grid import MISTAKE, GridError, Options, UnfinishedError, jobs_of, run_grid, settings_of
+from paper.grid import (
+    MISTAKE,
+    GridError,
+    Options,
+    UnfinishedError,
+    command_of,
+    folder_of,
+    jobs_of,
+    run_grid,
+    settings_of,
+)
 from paper.red_filter import make_shards
 
 from clipq.config.checks import ConfigError
@@ -113,6 +125,18 @@ def made_on(found: list[dict[str, Any]]) -> dict[str, str]:
     return {key: ", ".join(sorted({str(facts.get(key)) for facts in found})) for key in keys}
 
 
+def plan(name: str, figure: Figure, options: Options) -> int:
+    """Prints what `clipq-train` would do for each arm of a figure's grid; the worst exit code."""
+    if figure.grid is None:
+        print(f"{name} measures, and trains nothing that could be planned")
+        return 0
+    codes = []
+    for job in (j for j in jobs_of(figure.grid, options) if j.seed == 0):
+        print(f"\n=== {name}: {job.arm}", flush=True)
+        codes.append(subprocess.run(command_of(folder_of(figure.grid, options), job)).returncode)
+    return max(codes)
+
+
 def prepared(figure: Figure, options: Options) -> Options:
     """Makes the red shards of scale=provoked from those of data.root, once; the options that name them."""
     assert figure.grid is not None
@@ -137,6 +161,10 @@ def main() -> int:
     names, options, out = parse(sys.argv[1:])
     for name in names:
         try:
+            if "dry_run=true" in options.overrides:
+                if code := plan(name, FIGURES[name], options):
+                    return code
+                continue
             print(make(name, FIGURES[name], options, out).resolve())
         except KeyboardInterrupt:
             print("reproduce.py: stopped; the same command goes on", file=sys.stderr)

@@ -355,7 +355,9 @@ def _explain_missing_option(error: MissingConfigException) -> str:
 
 
 def _no_such_group(name: str) -> str:
-    groups = sorted(p.name for p in configs_dir().iterdir() if p.is_dir() and p.name != "arch")
+    if name == "scale":
+        return "scale is a part of some experiments: choose one, as in experiment=paper/fig1_precision scale=small"
+    groups = sorted(p.name for p in configs_dir().iterdir() if p.is_dir() and p.name not in ("arch", "scale"))
     close = difflib.get_close_matches(name, [*groups, *field_types(TrainJob)], n=1)
     hint = f" Did you mean {close[0]}?" if close else ""
     return f"{name}: no such setting or group.{hint} Groups: {', '.join(groups)}"

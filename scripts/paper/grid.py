@@ -234,7 +234,8 @@ def settings_of(job: Job) -> dict[str, Any]:
     """
     register({"clipq.synthetic": lambda: "SYNTHETIC"})
     with initialize_config_dir(str(configs_dir()), version_base="1.3"):
-        config = compose("train", [*job.overrides, f"name={job.name}"])
+        own = [o for o in job.overrides if not o.startswith("hydra")]
+        config = compose("train", [*own, f"name={job.name}"])
     to_job(config, TrainJob)
     if config.data.root is not None:
         config.data.root = "ROOT"
