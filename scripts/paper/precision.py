@@ -14,7 +14,7 @@ SIZES: Mapping[str, Mapping[str, Sequence[str]]] = {
     "small": {
         "Mi": ["model=vit_mi_8_32", "model.image_size=64"],
         "S": ["model=vit_s_8_64"],
-        "B": ["model=vit_b_16", "model.image_size=64"],
+        "B": ["model=vit_b_16_64"],
     },
     "tiny": {"Mi": []},
 }

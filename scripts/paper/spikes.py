@@ -12,33 +12,38 @@ from paper.grid import Grid
 from paper.panels import Record, Records, chance, level, mean, panel, series, shown, top1
 from paper.precision import SEEDS, SIZES
 
-Axes = Mapping[str, Sequence[tuple[str, Sequence[str] | None]]]
-REFERENCE = "reference"
+Axes = Mapping[str, Sequence[tuple[str, Sequence[str]]]]
+MI = SIZES["small"]["Mi"]
+REFERENCE: Mapping[str, Sequence[str]] = {"paper": [], "small": MI, "tiny": []}
+"""Overrides of the run that all axes share."""
 AXES: Mapping[str, Axes] = {
-    # axis -> (place on it, overrides); None is the run that all axes share
+    # axis -> (place on it, overrides)
     "paper": {
-        "model": [("Base", ["model=vit_b_16"]), ("Large", ["model=vit_l_14"]), ("Huge", None)],
-        "batch": [("4096", ["batch_size=4096"]), ("8192", ["batch_size=8192"]), ("16384", None)],
-        "learning rate": [("5e-4", ["optim.lr=5e-4"]), ("1e-3", ["optim.lr=1e-3"]), ("2e-3", None)],
+        "model": [("Base", ["model=vit_b_16"]), ("Large", ["model=vit_l_14"]), ("Huge", [])],
+        "batch": [("4096", ["batch_size=4096"]), ("8192", ["batch_size=8192"]), ("16384", [])],
+        "learning rate": [("5e-4", ["optim.lr=5e-4"]), ("1e-3", ["optim.lr=1e-3"]), ("2e-3", [])],
     },
     "small": {
-        "model": [("Mi", SIZES["small"]["Mi"]), ("S", None), ("B", SIZES["small"]["B"])],
-        "batch": [("256", ["batch_size=256"]), ("1024", None), ("4096", ["batch_size=4096"])],
-        "learning rate": [("5e-4", ["optim.lr=5e-4"]), ("1e-3", None), ("4e-3", ["optim.lr=4e-3"])],
+        "model": [("Mi", MI), ("S", SIZES["small"]["S"]), ("B", SIZES["small"]["B"])],
+        "batch": [("256", [*MI, "batch_size=256"]), ("1024", MI), ("4096", [*MI, "batch_size=4096"])],
+        "learning rate": [("5e-4", [*MI, "optim.lr=5e-4"]), ("1e-3", MI), ("4e-3", [*MI, "optim.lr=4e-3"])],
     },
-    "tiny": {"learning rate": [("1e-3", None), ("1e-2", ["optim.lr=1e-2"])]},
+    "tiny": {"learning rate": [("1e-3", []), ("1e-2", ["optim.lr=1e-2"])]},
 }
-BETA2 = {"paper": (0.999, 0.98, 0.95), "small": (0.999, 0.98, 0.95), "tiny": (0.999,)}
+BETA2 = {"paper": (0.999, 0.98, 0.95), "small": (0.999, 0.95), "tiny": (0.999,)}
+
+
+def _arm(scale: str, axis: str, place: str, overrides: Sequence[str], beta2: float) -> str:
+    return f"{'reference' if overrides == REFERENCE[scale] else f'{axis} {place}'}, β2 {beta2}"
 
 
 def _frequency_arms(scale: str) -> dict[str, list[str]]:
-    arms: dict[str, list[str]] = {}
-    for beta2 in BETA2[scale]:
-        for axis, places in AXES[scale].items():
-            for place, overrides in places:
-                name = REFERENCE if overrides is None else f"{axis} {place}"
-                arms[f"{name}, β2 {beta2}"] = [*(overrides or ()), f"optim.beta2={beta2}"]
-    return arms
+    return {
+        _arm(scale, axis, place, overrides, beta2): [*overrides, f"optim.beta2={beta2}"]
+        for beta2 in BETA2[scale]
+        for axis, places in AXES[scale].items()
+        for place, overrides in places
+    }
 
 
 FREQUENCY = Grid(experiment="fig6_spikes", arms={scale: _frequency_arms(scale) for scale in AXES}, seeds=SEEDS)
@@ -79,7 +84,7 @@ def frequency(records: Records) -> dict[str, Any]:
     for axis, places in AXES[scale].items():
         own = []
         for beta2 in BETA2[scale]:
-            arms = [f"{REFERENCE if o is None else f'{axis} {p}'}, β2 {beta2}" for p, o in places]
+            arms = [_arm(scale, axis, place, overrides, beta2) for place, overrides in places]
             values = [mean(records[arm], _per_thousand) for arm in arms]
             own.append(series(f"β2 {beta2}", range(len(places)), values, "line+points"))
         panels.append(panel(axis, [place for place, _ in places], "loss spikes in 1,000 steps", own))
