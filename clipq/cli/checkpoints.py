@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import glob
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from clipq.config.checks import ConfigError
+from clipq.config.evaluation import EvalConfig
 from clipq.config.groups import ModelConfig
 from clipq.config.schema import EvalJob
 
@@ -140,6 +142,37 @@ def _stored_model(config: Path) -> Any:
         return yaml.safe_load(config.read_text(encoding="utf-8"))["model"]
     except (yaml.YAMLError, KeyError, TypeError) as error:
         raise ConfigError(f"{config} is not of a clipq run ({error}): name the model, as in model=vit_b_32") from error
+
+
+NO_TASKS = "eval has no tasks: choose a data set, as in eval=tiny_imagenet eval.root=/data/tiny_imagenet"
+
+
+def with_tasks(config: EvalConfig, checkpoint: Any) -> EvalConfig:
+    """The evaluation of a job; where it names no tasks, with those that the run of its one checkpoint has itself.
+
+    Raises:
+        ConfigError: that has none either.
+    """
+    from clipq.model.weights import WeightsError, find_weights
+
+    if config.tasks:
+        return config
+    if not isinstance(checkpoint, str) or not Path(checkpoint).exists():
+        raise ConfigError(NO_TASKS)
+    at = Path(checkpoint) / "config.yaml"  # of a run, and of a checkpoint
+    try:
+        at = at if at.is_file() else find_weights(Path(checkpoint)).parent / "config.yaml"
+        stored = yaml.safe_load(at.read_text(encoding="utf-8"))["eval"]
+        own = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(EvalConfig), stored))
+    except (WeightsError, FileNotFoundError):
+        raise ConfigError(NO_TASKS) from None
+    except (OSError, yaml.YAMLError, KeyError, TypeError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{NO_TASKS}; {at}: {type(error).__name__}: {error}") from error
+    assert isinstance(own, EvalConfig)
+    if not own.tasks:
+        raise ConfigError(f"{NO_TASKS}; {at} has none either")
+    log.info("evaluating on what the run names itself: %s", ", ".join(own.tasks))
+    return replace(config, root=own.root, tasks=own.tasks, missing=own.missing, averages=own.averages)
 
 
 def _with_weights(model: ModelConfig, pretrained: str) -> ModelConfig:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from clipq.cli.checkpoints import Chosen, as_stored, choose
+from clipq.cli.checkpoints import Chosen, as_stored, choose, with_tasks
 from clipq.cli.follow import follow, followed
 from clipq.cli.train import render_synthetic, synthetic
 from clipq.config.checks import ConfigError
@@ -44,6 +44,7 @@ def eval_job(job: EvalJob, resolved: str) -> None:
     from clipq.dist.env import cuda_capability, distributed
 
     check_backend(job.backend, device=job.device, capability=cuda_capability())
+    job.eval = with_tasks(job.eval, job.checkpoint)
     render_synthetic(resolved)
     with distributed(job.device.value, timeout_minutes=job.parallel.timeout_minutes) as env:
         _evaluate(job, env)

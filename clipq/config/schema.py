@@ -142,7 +142,7 @@ class EvalJob:
     backend: BackendConfig = MISSING
     """Arithmetic and compilation (group `backend`)."""
     eval: EvalConfig = MISSING
-    """What to evaluate on (group `eval`)."""
+    """What to evaluate on (group `eval`); not needed for a clipq run or checkpoint, which has its own tasks."""
     output: str | None = None
     """JSON file for the results, or a folder (always so for several checkpoints, or with follow); None writes
     `eval/<step or file name>.json` beside each checkpoint. A page of the same name lies beside it."""
@@ -152,10 +152,6 @@ class EvalJob:
     """Work over several processes (group `parallel`)."""
 
     def __post_init__(self) -> None:
-        require(
-            len(self.eval.tasks) > 0,
-            "eval has no tasks: choose a data set, as in eval=tiny_imagenet eval.root=/data/tiny_imagenet",
-        )
         strings("checkpoint", self.checkpoint)
         require(
             not self.follow or isinstance(self.checkpoint, str),

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from clipq.report.runs import read_run
 from tests.helpers import colour_shards, command, command_on_two_ranks, encode, picture, write_shard
@@ -66,6 +67,33 @@ def test_a_run_is_followed(trained: Path) -> None:
     os.utime(trained / "runs" / "r" / "checkpoints" / STEPS[2])
     again = command("eval", "checkpoint=runs/r", "follow=true", *task(trained), cwd=trained)
     assert again.stdout.count("evaluating") == 1, "written anew"
+
+
+def test_a_run_brings_its_own_tasks(trained: Path) -> None:
+    """Without eval= it is evaluated on what it was trained to be evaluated on."""
+    own = trained / "runs" / "own"
+    shutil.copytree(trained / "runs" / "r", own)
+    settings = ["checkpoint=runs/own", "backend=fp32", "device=cpu"]
+    refused = command("eval", *settings, cwd=trained, check=False)
+    assert refused.returncode == 2
+    assert "eval has no tasks: choose a data set" in refused.stderr
+    assert "config.yaml has none either" in refused.stderr
+    (own / "config.yaml").write_text("eval: {tasks: 3}")
+    assert "config.yaml: " in command("eval", *settings, cwd=trained, check=False).stderr, "and what is wrong with it"
+    shutil.copy(trained / "runs" / "r" / "config.yaml", own)
+    for config in own.rglob("config.yaml"):
+        content = yaml.safe_load(config.read_text())
+        names = {"classnames": "test/classnames.txt", "templates": "test/templates.txt"}
+        content["eval"] |= {"root": "test", "tasks": {"mine": {"shards": "test/*.tar", **names}}}
+        config.write_text(yaml.safe_dump(content))
+    found = []
+    for checkpoint in ("runs/own", "runs/own/checkpoints/step_00000012"):
+        command("eval", f"checkpoint={checkpoint}", *settings[1:], "output=own.json", cwd=trained)
+        found.append(json.loads((trained / "own.json").read_text())["results"][0])
+    command("eval", *settings, *task(trained), "output=named.json", cwd=trained)
+    named = json.loads((trained / "named.json").read_text())["results"][0]
+    assert [f["task"] for f in found] == ["mine", "mine"]
+    assert found[0]["metrics"] == found[1]["metrics"] == named["metrics"]
 
 
 def test_many_checkpoints_and_a_set_that_is_not_there(trained: Path) -> None:
