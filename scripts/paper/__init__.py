@@ -1,0 +1,1 @@
+"""What the paper's figures show, found with clipq."""
