@@ -13,6 +13,7 @@ taken to another machine, and unfinished ones go on from their checkpoints. Figu
   minutes=N       stop after so many minutes, with exit code 75
   launcher=NAME   Hydra's launcher: each run is a job of its own
   runs=FOLDER     run folders and records (runs/reproduce)
+  run=FOLDER      for fig9: a run of your own, in place of one of figure 1's
   out=FOLDER      figures (docs/results; with another scale than small FOLDER/<scale> of the runs)
   KEY=VALUE       for clipq-train, of every run: data.root=, eval.root=, device=, …; dry_run=true gpus=N prints the
                   plan of each arm, and trains nothing
@@ -20,6 +21,7 @@ taken to another machine, and unfinished ones go on from their checkpoints. Figu
 
 from __future__ import annotations
 
+import copy
 import json
 import signal
 import subprocess
@@ -52,7 +54,7 @@ from clipq.dist.stop import UNFINISHED
 from clipq.log.folder import environment
 from clipq.report.figure import write_figure
 
-OWN = {"scale": str, "seeds": int, "jobs": int, "minutes": float, "launcher": str, "runs": Path}
+OWN = {"scale": str, "seeds": int, "jobs": int, "minutes": float, "launcher": str, "runs": Path, "run": Path}
 SCALES = ("tiny", "small", "paper")
 
 
@@ -65,6 +67,8 @@ def parse(arguments: list[str]) -> tuple[list[str], Options, Path]:
     names = [a for a in arguments if "=" not in a]
     pairs = dict(a.split("=", 1) for a in arguments if a.partition("=")[0] in {*OWN, "out"})
     names = [*FIGURES] if names == ["all"] else names
+    if "run" in pairs and names != ["fig9"]:
+        raise SystemExit(f"run={pairs['run']}: fig9 alone takes a run of any kind")
     if unknown := [n for n in names if n not in FIGURES]:
         raise SystemExit(f"{unknown[0]}: no such figure: there are {', '.join(FIGURES)}, and all")
     if not names:
@@ -106,7 +110,7 @@ def make(name: str, figure: Figure, options: Options, out: Path) -> Path:
         "name": name,
         "title": figure.title,
         "scale": options.scale,
-        "command": f"scripts/reproduce.py {name} scale={options.scale}",
+        "command": f"scripts/reproduce.py {name} scale={options.scale}{' run=RUN' if options.run else ''}",
         "environment": facts,
         "paper": figure.paper,
         "differs": figure.differs.get(options.scale, ""),
@@ -151,8 +155,8 @@ def prepared(figure: Figure, options: Options) -> Options:
         make_shards(f"{given['data.root']}/train/*.tar.gz", work)
     kept = [o for o in options.overrides if not o.startswith("data.root=")]
     own = (f"data.root={work}", "eval=tiny_imagenet", f"eval.root={given['data.root']}")
-    new = Options(options.scale, options.seeds, options.jobs, None, options.launcher, options.runs, (*kept, *own))
-    new.deadline = options.deadline
+    new = copy.copy(options)
+    new.overrides = (*kept, *own)
     return new
 
 

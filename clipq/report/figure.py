@@ -11,14 +11,15 @@ A file holds everything that its image and page show:
     axis: {"label": "step", "log": false, "ticks": ["names of the places 0, 1, … on it"]}
     series: {"name": "…", "form": "line", "x": […], "y": […], "low": […], "high": […]}
 
-A form is line, points, line+points or bars. `levels`, `events`, `ticks`, `low` and `high` may be left out; null in `y`
-is a value that is not there.
+A form is line, points, line+points or bars. `levels`, `events`, `ticks`, `low` and `high` may be left out, and a
+series may have numbers `color` and `dash` in place of its name's own. null in `y` is a value that is not there.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,26 +100,29 @@ def draw_figure(content: dict[str, Any]) -> bytes:
             _panel(axes, panel, names, entries)
         for axes in grid[len(panels) :]:
             axes.set_axis_off()
-        legend(figure, [(entries[name], name) for name in names if name in entries])
+        legend(figure, [(entries[name][0], name) for name in names if name in entries])
         return png(figure)
 
 
 def _panel(axes: Axes, panel: dict[str, Any], names: list[str], entries: dict[str, Any]) -> None:
+    from matplotlib.lines import Line2D
+
     bars = [series["name"] for series in panel["series"] if series["form"] == "bars"]
     for series in panel["series"]:
         x, y = (np.asarray([math.nan if v is None else v for v in series[k]], float) for k in ("x", "y"))
         place = names.index(series["name"])
-        color, mark = COLORS[place % len(COLORS)], MARKERS[place % len(MARKERS)]
-        error = _error(series, y)
+        color = COLORS[series.get("color", place) % len(COLORS)]
         if series["form"] == "bars":
             width = BAR / len(bars)
             x = x + (bars.index(series["name"]) - (len(bars) - 1) / 2) * width
-            made = axes.bar(x, y, 0.92 * width, color=color, yerr=error, ecolor="#333333", capsize=2)
+            made = axes.bar(x, y, 0.92 * width, color=color, yerr=_error(series, y), ecolor="#333333", capsize=2)
         else:
-            line = DASHES[place // len(COLORS) % len(DASHES)] if "line" in series["form"] else "none"
-            dots = {"marker": mark, "markersize": 4.5} if "points" in series["form"] else {}
-            made = axes.errorbar(x, y, yerr=error, color=color, linestyle=line, capsize=2, linewidth=1.4, **dots)
-        entries.setdefault(series["name"], made)
+            line = _line(series, place)
+            made = axes.errorbar(x, y, yerr=_error(series, y), color=color, capsize=2, **line)
+            if entries.get(series["name"], (made, color))[1] != color:
+                made, color = Line2D([], [], color=GREY, **line), GREY  # a name that several colours share
+                entries[series["name"]] = made, color
+        entries.setdefault(series["name"], (made, color))
     _axes(axes, panel)
     for level in panel.get("levels", ()):
         axes.axhline(level["y"], color=GREY, linestyle=":", linewidth=1.4)
@@ -128,11 +132,22 @@ def _panel(axes: Axes, panel: dict[str, Any], names: list[str], entries: dict[st
         _note(axes, event["label"], event["x"], 0.01, axes.get_xaxis_transform(), ha="right", va="bottom", rotation=90)
 
 
+def _line(series: dict[str, Any], place: int) -> dict[str, Any]:
+    dash = DASHES[series.get("dash", place // len(COLORS)) % len(DASHES)]
+    points = "points" in series["form"]
+    return {
+        "linestyle": dash if "line" in series["form"] else "none",
+        "linewidth": 1.4,
+        "marker": MARKERS[place % len(MARKERS)] if points else "none",
+        "markersize": 4.5,
+    }
+
+
 def _error(series: dict[str, Any], y: np.ndarray) -> np.ndarray | None:
     if "low" not in series:
         return None
     low, high = (np.asarray([math.nan if v is None else v for v in series[k]], float) for k in ("low", "high"))
-    error = np.nan_to_num(np.stack([y - low, high - y]))
+    error = np.nan_to_num(np.stack([y - low, high - y])).clip(min=0)  # a mean of one value is off by its last digit
     return error if error.any() else None  # a single run has no interval
 
 
@@ -140,7 +155,7 @@ def _axes(axes: Axes, panel: dict[str, Any]) -> None:
     x, y = panel["x"], panel["y"]
     axes.set_title(panel["title"], fontsize=10, loc="left", parse_math=False)
     axes.set_xlabel(x["label"])
-    axes.set_ylabel(y["label"])
+    axes.set_ylabel(textwrap.fill(y["label"], 34))
     if "ticks" in x:
         slanted = {"rotation": 20, "ha": "right"} if sum(map(len, x["ticks"])) > 60 else {}
         axes.set_xticks(range(len(x["ticks"])), x["ticks"], fontsize=8, **slanted)

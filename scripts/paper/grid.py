@@ -73,6 +73,8 @@ class Options:
     launcher: str | None = None
     """Hydra's launcher, as submitit_slurm: each run is a job of its own."""
     runs: Path = Path("runs/reproduce")
+    run: Path | None = None
+    """A trained run, for a figure that takes one of any kind."""
     overrides: tuple[str, ...] = ()
     """For `clipq-train`, of every run."""
     deadline: float = field(init=False)

@@ -259,15 +259,18 @@ def study(
 
 
 def noise(options: Options) -> dict[str, Any]:
-    """Figure 9: the study of a run of figure 1, which is trained where it is not there yet.
+    """Figure 9: the study of the run that is named, or of one of figure 1, which is trained where it is not there yet.
 
     Raises:
         GridError: the run has failed, or there is its record only, without weights.
     """
-    run_grid(MODEL, options)
-    folder = folder_of(MODEL, options) / jobs_of(MODEL, options)[0].name
+    folder = options.run
+    if folder is None:
+        run_grid(MODEL, options)
+        folder = folder_of(MODEL, options) / jobs_of(MODEL, options)[0].name
     if newest(folder / "checkpoints") is None:
-        raise GridError(f"{folder} has no weights any more: remove its record, and it is trained again")
-    found = study(folder, device="cuda" if torch.cuda.is_available() else "cpu", **STUDY[options.scale])
+        gone = "" if options.run else ": remove its record, and it is trained again"
+        raise GridError(f"{folder} has no checkpoint{gone}")
+    found = study(folder, device="cuda" if torch.cuda.is_available() else "cpu", **STUDY[options.scale])  # pyright: ignore[reportArgumentType]
     del found["measured"]  # megabytes, of which table and panels are made
     return found

@@ -16,7 +16,7 @@ MODELS = {"ViT-B": "ViT-B-16", "ViT-L": "ViT-L-14", "ViT-H": "ViT-H-14"}
 IMAGES = 256
 """On each GPU of the paper."""
 X = {"label": "inner dimension of dW = Gᵀ X: images × tokens", "log": True}
-VARIANCE = {"label": "variance of the error, over mean square of a term", "log": True}
+VARIANCE = {"label": "variance of the error over mean square of a term", "log": True}
 ROUNDINGS = ("nearest", "stochastic")
 
 
@@ -32,12 +32,10 @@ def inner_dimensions() -> dict[str, tuple[int, int, int]]:
 
 
 def events() -> list[dict[str, Any]]:
-    """Inner dimensions of the paper's models, those that fall together in one."""
-    marks: dict[int, list[str]] = {}
-    for model, sizes in inner_dimensions().items():
-        for size, what in zip(sizes, ("smallest n, m", "largest n, m", "b"), strict=True):
-            marks.setdefault(size, []).append(f"{model} {what}")
-    return [{"x": float(size), "label": ", ".join(labels)} for size, labels in sorted(marks.items())]
+    """Inner dimensions of the paper's largest model."""
+    smallest, largest, of_weights = inner_dimensions()["ViT-H"]
+    named = {smallest: "ViT-H, Y and dX", largest: "", of_weights: "ViT-H, dW"}
+    return [{"x": float(size), "label": label} for size, label in named.items()]
 
 
 def mean(values: Iterable[float]) -> float:
@@ -83,29 +81,31 @@ def signal_slopes(layers: list[Measured]) -> list[float]:
 
 
 def panels(real: list[Measured], gaussian: Measured) -> list[dict[str, Any]]:
-    """To be drawn; bars reach from the lowest to the highest of all layers' stretches."""
-    sizes = gaussian["sizes"]
-    found = [
-        _variances("Gaussian data, rounded to nearest", [gaussian], "nearest"),
-        _variances("Real X and G, rounded to nearest", real, "nearest"),
-        _variances("Real X and G, rounded stochastically", real, "stochastic"),
-    ]
+    """To be drawn, a colour for each kind; bars reach from the lowest to the highest of all layers' stretches."""
     ratios = []
-    for setting in settings_of():
-        ratio = quotients(real, setting)
-        ratios.append(spread(setting, sizes, ratio.T.tolist(), "line+points"))
-    found.append(_panel("Real X and G: measured over derived", "measured over derived variance", ratios))
-    found[-1]["levels"] = [{"y": 1.0, "label": "derived"}]
-    found.append(_relative(real, sizes))
-    signal = [[layer["signal"][n] for layer in real] for n in range(len(sizes))]
-    series = [spread("real, mean of layers", sizes, signal, "line+points")]
-    series += [{"name": layer["layer"], "x": series[0]["x"], "y": layer["signal"], "form": "line"} for layer in real]
-    series.append({"name": "Gaussian", "x": series[0]["x"], "y": gaussian["signal"], "form": "points"})
-    found.append(_panel("What dW adds up to", "mean square of dW over that of its terms", series))
-    found[-1]["levels"] = [{"y": 1.0, "label": "random walk: as √b"}]
+    for setting, look in _looks():
+        values = quotients(real, setting).T.tolist()
+        ratios.append(spread(look["name"], gaussian["sizes"], values, "line+points") | look)
+    over = _panel("Real X and G: measured over derived", "measured over derived variance", ratios)
+    over["levels"] = [{"y": 1.0, "label": "derived"}]
+    found = [
+        _variances("Gaussian data, rounded to nearest", [gaussian]),
+        _variances("Real X and G, rounded to nearest", real),
+        over,
+        _relative(real, gaussian["sizes"]),
+    ]
     for panel in found:
         panel["events"] = events()
     return found
+
+
+def _looks() -> list[tuple[str, dict[str, Any]]]:
+    """Settings, and how their series look: rounded to nearest under the name of the kind, else dashed."""
+    return [
+        (f"{kind}, {rounding}", {"color": n, "dash": dash, "name": kind if rounding == "nearest" else "stochastic"})
+        for dash, rounding in enumerate(ROUNDINGS)
+        for n, kind in enumerate(KINDS)
+    ]
 
 
 def settings_of(roundings: Sequence[str] = ROUNDINGS) -> list[str]:
@@ -117,27 +117,29 @@ def _panel(title: str, label: str, series: list[dict[str, Any]]) -> dict[str, An
     return {"title": title, "x": X, "y": y, "series": series, "levels": [], "events": []}
 
 
-def _variances(title: str, layers: list[Measured], rounding: str) -> dict[str, Any]:
-    series = []
-    for setting in settings_of([rounding]):
-        name, sizes = setting.removesuffix(f", {rounding}"), layers[0]["sizes"]
-        series.append(spread(f"{name}: measured", sizes, pooled(layers, setting, "measured"), "points"))
+def _variances(title: str, layers: list[Measured]) -> dict[str, Any]:
+    series, sizes = [], layers[0]["sizes"]
+    for n, kind in enumerate(KINDS):
+        setting = f"{kind}, nearest"
+        series.append(spread(kind, sizes, pooled(layers, setting, "measured"), "points") | {"color": n})
         derived = [mean(values) for values in pooled(layers, setting, "derived")]
-        series.append({"name": f"{name}: derived", "x": series[-1]["x"], "y": derived, "form": "line"})
+        line = {"name": "derived", "x": series[-1]["x"], "y": derived, "form": "line"}
+        series.append(line | {"color": n, "dash": 0})
     return {**_panel(title, "", series), "y": VARIANCE}
 
 
 def _relative(real: list[Measured], sizes: list[int]) -> dict[str, Any]:
     """Relative errors of dW against b, and those of Y and dX of the same layers at their own inner dimensions."""
-    series = []
-    for setting in settings_of():
-        series.append(spread(f"dW: {setting}", sizes, pooled(real, setting, "relative"), "line+points"))
-    for setting in settings_of(["nearest"]):
+    series = [
+        spread(look["name"], sizes, pooled(real, setting, "relative"), "line+points") | look
+        for setting, look in _looks()
+    ]
+    for n, kind in enumerate(KINDS):
         for product, at, label in (("output", 1, "Y"), ("grad_input", 0, "dX")):
-            points = sorted((float(r["shape"][at]), r["kinds"][setting][product]) for r in real)
+            points = sorted((float(r["shape"][at]), r["kinds"][f"{kind}, nearest"][product]) for r in real)
             x, y = (list(values) for values in zip(*points, strict=True))
-            series.append({"name": f"{label}: {setting}", "x": x, "y": y, "form": "points"})
-    return _panel("Real X and G: relative error", "root mean square of the error over that of the product", series)
+            series.append({"name": label, "x": x, "y": y, "form": "points", "color": n})
+    return _panel("Real X and G: relative error of dW, Y, dX", "root mean square of error over product", series)
 
 
 def table(real: list[Measured], gaussian: Measured) -> dict[str, Any]:

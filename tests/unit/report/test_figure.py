@@ -73,6 +73,8 @@ def test_the_same_file_draws_the_same_bytes(tmp_path: Path) -> None:
         lambda panels: panels[0]["x"].update(log=False),
         lambda panels: panels[1]["y"].update(log=True),
         lambda panels: panels[1]["series"][1].update(name="c"),
+        lambda panels: panels[0]["series"][0].update(color=3),
+        lambda panels: panels[0]["series"][0].update(dash=1),
     ],
 )
 def test_everything_in_a_panel_is_seen(change: Any) -> None:
