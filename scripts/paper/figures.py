@@ -87,12 +87,13 @@ FIGURES = {
         measure=noise.noise,
         differs={
             "small": "The line holds for independent errors. Gaussian data keep to it, and real data rounded "
-            "stochastically; so does fp8, whose steps follow each value's size. int8 rounded to nearest leaves it at the "
-            "lengths of a weight gradient: much of G lies within half a step of zero and becomes 0, row after row, so that "
-            "errors are correlated with the data and add up faster than their number. Length alone would do no harm: of "
-            "independent terms the product grows as its noise does (Gaussian data). Weight gradients of real data are "
-            "noisier than the other products at any length, since the magnitudes of G differ much between rows, and one "
-            "scale has to serve them all. One small ViT was measured, briefly trained in fp32, over many batches of 256."
+            "stochastically; so does fp8, whose steps follow each value's size. int8 rounded to nearest leaves it at "
+            "the lengths of a weight gradient: much of G lies within half a step of zero and becomes 0, row after "
+            "row, so that errors are correlated with the data and add up faster than their number. Length alone would "
+            "do no harm: of independent terms the product grows as its noise does (Gaussian data). Weight gradients "
+            "of real data are noisier than the other products at any length, since the magnitudes of G differ much "
+            "between rows, and one scale has to serve them all. One small ViT was measured, briefly trained in fp32, "
+            "over many batches of 256."
         },
     ),
     "fig10": Figure(

@@ -116,16 +116,13 @@ def measure(rows: Rows, *, block: int, stretches: int) -> dict[str, Any]:
     sizes = [block << n for n in range((total // block).bit_length()) if total % (block << n) == 0]
     exact = block_products(rows.g_bc, rows.x_bc, block)
     term = float((rows.g_bc.double().square().mean(1) * rows.x_bc.double().square().mean(1)).mean())
-    signal = [float(_grouped(exact, size // block).square().mean()) / (size * term) for size in sizes]
-    found: dict[str, Any] = {"layer": rows.name, "shape": list(rows.shape), "sizes": sizes, "signal": signal}
-    found["zeros"] = [float((t == 0).float().mean()) for t in (rows.g_bc, rows.x_bc)]
-    found["kinds"] = {}
+    found: dict[str, Any] = {"layer": rows.name, "shape": list(rows.shape), "sizes": sizes, "kinds": {}}
     for name, kind in KINDS.items():
         for stochastic in (False, True):
             own = _own_scales(rows, exact, term, kind, stochastic, sizes, stretches)
             fixed = _fixed_scales(rows, exact, term, kind, stochastic, sizes)
             found["kinds"][f"{name}, {'stochastic' if stochastic else 'nearest'}"] = own | fixed
-        found["kinds"][f"{name}, nearest"] |= _lost(rows, kind, term) | _other_products(rows, kind)
+        found["kinds"][f"{name}, nearest"] |= _lost(rows, kind) | _other_products(rows, kind)
     return found
 
 
@@ -175,29 +172,19 @@ def _fixed_scales(
     return {"fixed_measured": measured, "fixed_derived": [size * derived for size in sizes]}
 
 
-def _lost(rows: Rows, kind: Kind, term: float) -> dict[str, Any]:
-    """What becomes 0 with the scales of all rows, rounded to nearest.
-
-    `lost`: shares of the values of G and of X, other than zeros; `of_lost`: mean square of what those of G add to dW,
-    which is the error that their loss is.
-    """
+def _lost(rows: Rows, kind: Kind) -> dict[str, list[float]]:
+    """Shares of the values of G and of X, other than zeros, that become 0 with the scales of all rows, to nearest."""
     amax = largest(rows.g_bc, rows.g_max_b, kind.g), largest(rows.x_bc, rows.x_max_b, kind.x)
-    counts, missing = torch.zeros(2, 2, dtype=torch.int64), 0.0
-    for g, x in zip(rows.g_bc.split(2**15), rows.x_bc.split(2**15), strict=True):
-        lost = [
-            (rounded(t, largest_c, operand.dtype, None).values == 0) & (t != 0)
-            for t, largest_c, operand in ((g, amax[0], kind.g), (x, amax[1], kind.x))
-        ]
-        counts += torch.tensor([[int(mask.sum()), int((t != 0).sum())] for mask, t in zip(lost, (g, x), strict=True)])
-        missing = missing + (g * lost[0]).double().T @ x.double()
-    assert isinstance(missing, Tensor)
-    shares = [int(n) / max(1, int(there)) for n, there in counts]
-    return {"lost": shares, "of_lost": float(missing.square().mean()) / term}
+    counts = torch.zeros(2, 2, dtype=torch.int64)
+    for parts in zip(rows.g_bc.split(2**15), rows.x_bc.split(2**15), strict=True):
+        for n, (t, largest_c, operand) in enumerate(zip(parts, amax, (kind.g, kind.x), strict=True)):
+            lost = (rounded(t, largest_c, operand.dtype, None).values == 0) & (t != 0)
+            counts[n] += torch.tensor([int(lost.sum()), int((t != 0).sum())])
+    return {"lost": [int(n) / max(1, int(there)) for n, there in counts]}
 
 
 def _other_products(rows: Rows, kind: Kind) -> dict[str, float]:
-    """Relative errors of Y = X Wᵀ and dX = G W of the same layer, rounded to nearest, of the rows kept whole; and what
-    share of the values of G, other than zeros, becomes 0 for dX."""
+    """Relative errors of Y = X Wᵀ and dX = G W of the same layer, rounded to nearest, of the rows kept whole."""
     assert rows.whole is not None
     assert rows.weight_mn is not None
     (g, x), weight = rows.whole, rows.weight_mn
@@ -211,8 +198,7 @@ def _other_products(rows: Rows, kind: Kind) -> dict[str, float]:
         exact = left.double() @ right.double()
         l_hat, r_hat = (q.q.double() * q.scale.double().reshape(-1, 1) for q in (q_left, q_right))
         found[name] = float((l_hat @ r_hat.T - exact).norm() / exact.norm())
-    lost = (products["grad_input"][2].q == 0) & (g != 0)
-    return found | {"lost_in_grad_input": float(lost.sum() / (g != 0).sum())}
+    return found
 
 
 def study(

@@ -75,11 +75,6 @@ def growths(layers: list[Measured], setting: str) -> tuple[list[float], list[flo
     return own, slopes(layers, lambda layer: layer["kinds"][setting]["fixed_measured"])
 
 
-def signal_slopes(layers: list[Measured]) -> list[float]:
-    """How the root mean square of dW grows: 0.5 as a random walk, 1 where all rows say the same."""
-    return [(1 + slope) / 2 for slope in slopes(layers, lambda layer: layer["signal"])]
-
-
 def panels(real: list[Measured], gaussian: Measured) -> list[dict[str, Any]]:
     """To be drawn, a colour for each kind; bars reach from the lowest to the highest of all layers' stretches."""
     ratios = []

@@ -126,9 +126,7 @@ def test_gaussian_data_keep_to_the_line(control: dict[str, Any], setting: str) -
     assert noise_panels.quotients([control], setting, "squared") == pytest.approx(1, abs=0.05)
 
 
-def test_gaussian_products_walk_at_random(control: dict[str, Any]) -> None:
-    assert control["signal"] == pytest.approx([1] * 6, abs=0.1)
-    assert noise_panels.signal_slopes([control]) == pytest.approx([0.5], abs=0.02)
+def test_the_error_of_gaussian_products_follows_from_their_steps(control: dict[str, Any]) -> None:
     last = control["kinds"]["int8, a scale a column, nearest"]["relative"][-1][0]
     # absmax over rms of 8192 normal numbers is about 3.9: steps of 3.9/127, and two operands
     assert last == pytest.approx(math.sqrt(2 / 12) * 3.9 / 127, rel=0.1)
@@ -145,7 +143,6 @@ def test_lost_values_bend_the_line_and_stochastic_rounding_straightens_it() -> N
     found = noise.measure(rows, block=256, stretches=4)
     nearest, drawn = (found["kinds"][f"int8, a scale a column, {r}"] for r in ("nearest", "stochastic"))
     assert nearest["lost"][0] == pytest.approx(2047 / 2048)
-    assert nearest["of_lost"] == pytest.approx(nearest["measured"][-1][0], rel=0.01)
     assert nearest["kept"][-1][0] == pytest.approx(1 / 3.047, rel=0.05)  # 1 of 1 + 2047 · 0.001
     assert noise_panels.quotients([found], "int8, a scale a column, nearest")[0, -1] > 10
     _, (fixed,) = noise_panels.growths([found], "int8, a scale a column, nearest")
@@ -201,7 +198,8 @@ def test_a_study_of_a_model_at_its_start(arch: Path, shards: list[str]) -> None:
     table = found["table"]
     assert len(table["rows"]) == 2 * len(KINDS) * 2
     assert all(len(row) == len(table["columns"]) and all(isinstance(c, str) for c in row) for row in table["rows"])
-    assert len(found["here"]) >= 10
+    assert len(found["here"]) >= 6
+    assert "Relative errors of the three products of the same layers" in found["here"][-2]
     assert not any("nan" in sentence for sentence in found["here"])
 
 

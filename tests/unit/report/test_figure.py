@@ -91,7 +91,7 @@ def test_the_page_has_findings_table_and_command(tmp_path: Path) -> None:
     for part in (
         "![Loss by recipe](fig0.png)",
         "**The paper.** It falls.",
-        "**Here.** It falls here too. By 3 %.",
+        "**Here.**\n\n- It falls here too.\n- By 3 %.\n",
         "| recipe | loss |\n| --- | --- |\n| a\\|b | 1.0 ± 0.1 |",
         "Scale `tiny`, CPU, torch 2.11, commit abc.",
         "scripts/reproduce.py fig0 scale=tiny",
