@@ -16,7 +16,7 @@ from clipq.dist.gather import gather_objects, raised_on_every_rank
 from clipq.log.meters import Meter
 from clipq.log.writers import Row
 from clipq.optim.loss_scale import FixedLossScaler
-from clipq.train.checkpoint import load
+from clipq.train.checkpoint import load, set_aside_damaged
 from clipq.train.run import COLUMNS, Pending, Run, diverged, write
 from clipq.watch.quantization import PAIRS, quantization_errors
 from clipq.watch.spikes import row_of
@@ -215,7 +215,15 @@ def tell_failed_saves(run: Run) -> None:
 
 
 def rewind(run: Run) -> None:
-    """Takes the newest checkpoint, with the place in the data as it is now. Collective."""
+    """Takes the newest checkpoint that is as it was written, with the place in the data as it is now. Collective.
+
+    Raises:
+        ValueError: on every rank, if there is none.
+    """
+    newest(run)  # waits for one that is being written
+    with raised_on_every_rank(ValueError):
+        for line in set_aside_damaged(run.checkpoints.folder) if run.env.is_main else []:
+            log.warning("%s", line)
     state, path = run.state, newest(run)
     assert path is not None
     step, place = state.step, state.place

@@ -193,6 +193,30 @@ def test_rewind_goes_on_as_if_the_batches_had_not_been(arch: Path, shards: list[
     assert torch.equal(run.state.model.get_parameter("visual.proj"), other.state.model.get_parameter("visual.proj"))
 
 
+def test_rewind_passes_over_a_damaged_checkpoint(
+    arch: Path, shards: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = run_of(arch, shards, "guard.policy=rewind", "checkpoint.every=2", "log.every=1", "steps=8")
+
+    done: list[int] = []
+
+    def once(images: Tensor) -> bool:
+        if run.state.step != 5 or done:
+            return False
+        done.append(5)
+        run.checkpoints.newest()  # written whole
+        path = Path("run/checkpoints/step_00000004/model.safetensors")
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        return True
+
+    spoil(run, NAN, once)
+    train(run)
+    assert [(e["event"], e.get("to")) for e in events()] == [("bad step", None), ("rewind", 2)]
+    assert "step_00000004 is damaged" in caplog.text
+    assert run.state.step == 8
+
+
 def test_rewind_needs_a_checkpoint(arch: Path, shards: list[str]) -> None:
     run = run_of(arch, shards, "guard.policy=rewind")
     spoil(run, NAN, at_step(run, 1))
