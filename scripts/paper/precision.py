@@ -59,10 +59,11 @@ FORMAT = Grid(
     seeds=SEEDS,
 )
 RESCUE = Grid(experiment="fig5_rescue", arms=dict.fromkeys(SIZES, RESCUES), seeds=SEEDS)
-EVALUATIONS = {"paper": "eval.every=2500", "small": "eval.every=100", "tiny": "eval.every=3"}
+# narrow models gain nothing from 8 bits
+PAID = {"paper": ["eval.every=2500"], "small": [*SIZES["small"]["B"], "eval.every=100"], "tiny": ["eval.every=3"]}
 PAYING = Grid(
     experiment="fig11_cost",
-    arms={scale: {recipe: [f"backend={recipe}", every] for recipe in COST} for scale, every in EVALUATIONS.items()},
+    arms={scale: {recipe: [f"backend={recipe}", *own] for recipe in COST} for scale, own in PAID.items()},
     seeds=SEEDS,
 )
 
