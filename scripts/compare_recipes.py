@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -19,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from bench_common import write
+from paper.record import interval
 
 from clipq.lowp import RECIPES
 
 RUNS = Path("runs/recipes")
 EVERY = 10
 """Steps whose mean loss is one point of a curve; the last point is the final loss."""
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
-"""Student's t for a two-sided 95 % interval of the mean of so many values."""
 
 
 def train(recipe: str, seed: int, overrides: list[str]) -> dict[str, Any]:
@@ -45,17 +43,10 @@ def train(recipe: str, seed: int, overrides: list[str]) -> dict[str, Any]:
     return {"losses": means, "metrics": metrics}
 
 
-def interval(values: list[float]) -> tuple[float, float | None]:
-    """Mean and half-width of its 95 % interval; one value has none."""
-    if len(values) < 2:
-        return values[0], None
-    return statistics.mean(values), T95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each recipe, at most 8")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each recipe")
     parser.add_argument("--once", nargs="*", default=[], help="recipes that get one seed only")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time on the GPU")
     parser.add_argument("--out", type=Path, required=True, help="JSON file")

@@ -157,8 +157,12 @@ def with_tasks(config: EvalConfig, checkpoint: Any) -> EvalConfig:
 
     if config.tasks:
         return config
-    if not isinstance(checkpoint, str) or not Path(checkpoint).exists():
-        raise ConfigError(NO_TASKS)
+    if not isinstance(checkpoint, str) or _is_pattern(checkpoint):
+        raise ConfigError(f"{NO_TASKS}; only one checkpoint by its own name brings those of its run")
+    if not Path(checkpoint).exists():
+        raise ConfigError(f"checkpoint={checkpoint}: no such file or folder; and {NO_TASKS}")
+    if config.root is not None:
+        raise ConfigError(f"eval.root={config.root}: {NO_TASKS}; without eval= a run's own tasks are taken as they are")
     at = Path(checkpoint) / "config.yaml"  # of a run, and of a checkpoint
     try:
         at = at if at.is_file() else find_weights(Path(checkpoint)).parent / "config.yaml"

@@ -178,6 +178,8 @@ class Plan:
         number = len(source.tables or source.shards)
         of = of if number > 1 else of[:-1]
         text = f"{source.setting}: {number:,} {of}{f', {remote:,} at addresses that were not tried' if remote else ''}"
+        if name is not None and any(other.passes for other in self.job.data.sources.values()):
+            return f"{text}{f', {size:,} pairs' if size else ''}; passes follow from the sources' `passes` and weights"
         if not size:
             return f"{text}; how many pairs is not known: clipq-data index counts them"
         return f"{text}, {size:,} pairs: {share * self.pairs / size:,.3g} passes over them"
@@ -321,6 +323,10 @@ class Plan:
             (peak is None, f"the peak of a {self.gpu.name} is not known"),
             (b.precision is Precision.fp32, "no step in fp32 was measured"),
             (b.recipe.value not in estimate.MEASURED, f"no step by {b.recipe.value} was measured"),
+            (
+                estimate.widest(clip.model) < estimate.WIDTHS[0],
+                f"no model was measured whose blocks are narrower than {estimate.WIDTHS[0]}",
+            ),
             (
                 bool(clip.report.kept),
                 f"no model was measured whose {' and '.join(clip.report.kept)} has blocks of its own",

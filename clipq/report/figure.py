@@ -56,10 +56,12 @@ def read_figure(path: Path) -> dict[str, Any]:
     for key, kind in KEYS.items():
         if not isinstance(content.get(key), kind):
             raise FigureError(f"{path}: {key}: expected {'text' if kind is str else f'a JSON {kind.__name__}'}")
+    if not content["panels"] or not all({"title", "x", "y", "series"} <= panel.keys() for panel in content["panels"]):
+        raise FigureError(f"{path}: panels: expected at least one, each with title, x, y and series")
     for panel in content["panels"]:
         for series in panel["series"]:
             lengths = {len(series[key]) for key in ("x", "y", "low", "high") if key in series}
-            if series["form"] not in FORMS or len(lengths) != 1:
+            if series.get("form") not in FORMS or len(lengths) != 1:
                 raise FigureError(f"{path}: series {series['name']!r} of {panel['title']!r}: expected one of "
                                   f"{', '.join(FORMS)}, and as many values in each list")  # fmt: skip
     return content

@@ -316,10 +316,14 @@ OF_LOSS = 0.040
 """The share that the fp32 products of the loss reach."""
 
 
+def widest(model: nn.Module) -> int:
+    """Width of the widest blocks, 0 where none are clipq's."""
+    return max((block.attn.in_proj.in_features for _, block in blocks(model)), default=0)
+
+
 def utilization(model: nn.Module, recipe: str) -> float:
     """The share of the 16-bit peak that steps of a model with clipq's blocks reach; wider blocks reach more."""
-    width = max(block.attn.in_proj.in_features for _, block in blocks(model))
-    return float(np.interp(width, WIDTHS, IN_16_BITS if recipe == "bf16" else IN_8_BITS))
+    return float(np.interp(widest(model), WIDTHS, IN_16_BITS if recipe == "bf16" else IN_8_BITS))
 
 
 def step_seconds(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from paper import noise, precision, speed, spikes
@@ -23,8 +23,6 @@ class Figure:
     """From the grid's records: `panels`, `table` and `here` (`clipq.report.figure`)."""
     measure: Callable[[Options], dict[str, Any]] | None = None
     """The same, without a grid."""
-    differs: Mapping[str, str] = field(default_factory=dict)
-    """Scale -> where its results differ from the paper's, and why that may be, by whoever has looked at them."""
 
 
 FIGURES = {
@@ -85,16 +83,6 @@ FIGURES = {
         paper="The variance of a product of quantized vectors grows linearly with their length. That of a weight "
         "gradient is 13 to 51 times the others' in ViT-H, which is why SwitchBack computes it in 16 bits.",
         measure=noise.noise,
-        differs={
-            "small": "The line holds for independent errors. Gaussian data keep to it, and real data rounded "
-            "stochastically; so does fp8, whose steps follow each value's size. int8 rounded to nearest leaves it at "
-            "the lengths of a weight gradient: much of G lies within half a step of zero and becomes 0, row after "
-            "row, so that errors are correlated with the data and add up faster than their number. Length alone would "
-            "do no harm: of independent terms the product grows as its noise does (Gaussian data). Weight gradients "
-            "of real data are noisier than the other products at any length, since the magnitudes of G differ much "
-            "between rows, and one scale has to serve them all. One small ViT was measured, briefly trained in fp32, "
-            "over many batches of 256."
-        },
     ),
     "fig10": Figure(
         title="Formats and granularities",

@@ -257,6 +257,7 @@ def noise(options: Options) -> dict[str, Any]:
     if newest(folder / "checkpoints") is None:
         gone = "" if options.run else ": remove its record, and it is trained again"
         raise GridError(f"{folder} has no checkpoint{gone}")
-    found = study(folder, device="cuda" if torch.cuda.is_available() else "cpu", **STUDY[options.scale])  # pyright: ignore[reportArgumentType]
+    changes = options.overrides if options.run else ()
+    found = study(folder, changes, device="cuda" if torch.cuda.is_available() else "cpu", **STUDY[options.scale])  # pyright: ignore[reportArgumentType]
     del found["measured"]  # megabytes, of which table and panels are made
     return found

@@ -16,11 +16,9 @@ POINTS = 120
 
 
 def top1(record: Record) -> float:
-    """Zero-shot accuracy in percent at the run's end, of its first task; NaN where the run diverged before one."""
-    tasks = record["evaluations"]
-    if not tasks or record["diverged"] is not None:
-        return math.nan
-    return 100 * next(iter(tasks.values()))[-1]["top1"]
+    """Zero-shot accuracy in percent at the run's end, of the first task that has one; NaN where the run diverged."""
+    found = [100 * task[-1]["top1"] for task in record["evaluations"].values() if "top1" in task[-1]]
+    return found[0] if found and not record["diverged"] else math.nan
 
 
 def chance(records: Records) -> float | None:
@@ -32,23 +30,30 @@ def chance(records: Records) -> float | None:
 def final_loss(record: Record) -> float:
     """Mean loss of the last twentieth of the steps, NaN where the run diverged."""
     tail = [v for v in record["loss"][-max(1, len(record["loss"]) // 20) :] if v is not None]
-    return math.nan if record["diverged"] is not None or not tail else sum(tail) / len(tail)
+    return math.nan if record["diverged"] or not tail else sum(tail) / len(tail)
 
 
-def mean(runs: Sequence[Record], value: Callable[[Record], float]) -> tuple[float, float | None]:
-    """Mean and half-width of its 95 % interval over the runs that have a value; NaN where none has."""
-    values = [v for r in runs if math.isfinite(v := value(r))]
-    return interval(values) if values else (math.nan, None)
+def mean(runs: Sequence[Record], value: Callable[[Record], float | None]) -> tuple[float, float | None]:
+    """Mean over seeds and half-width of its 95 % interval; NaN where a run has no value, for the others would be a
+    choice of the good ones."""
+    values = [v for r in runs if (v := value(r)) is not None and math.isfinite(v)]
+    return interval(values) if values and len(values) == len(runs) else (math.nan, None)
 
 
 def difference(
     runs: Sequence[Record], base: Sequence[Record], value: Callable[[Record], float]
 ) -> tuple[float, float | None]:
-    """Mean of what each run has more than the run of `base` with its seed, and the half-width of its 95 % interval."""
+    """Mean of what each run has more than the run of `base` with its seed, and the half-width of its 95 % interval; NaN
+    where one has no value."""
     pairs = {r["seed"]: value(r) for r in base}
-    deltas = [value(r) - pairs[r["seed"]] for r in runs if r["seed"] in pairs]
-    finite = [d for d in deltas if math.isfinite(d)]
-    return interval(finite) if finite else (math.nan, None)
+    deltas = [{"delta": value(r) - pairs[r["seed"]]} for r in runs]
+    return mean(deltas, lambda r: r["delta"])
+
+
+def seeds(runs: Sequence[Record]) -> str:
+    """How many runs there are, and how many of them diverged."""
+    diverged = sum(r["diverged"] is not None for r in runs)
+    return f"{len(runs)}, {diverged} diverged" if diverged else str(len(runs))
 
 
 def series(name: str, x: Sequence[float], values: Sequence[tuple[float, float | None]], form: str) -> dict[str, Any]:
@@ -75,14 +80,14 @@ def level(y: float | None, label: str) -> list[dict[str, Any]]:
 
 
 def curve(name: str, runs: Sequence[Record], key: str = "loss") -> dict[str, Any]:
-    """Mean over seeds of a value of each step, some steps together."""
-    length = max(len(r[key] or ()) for r in runs)
-    together = max(1, length // POINTS)
+    """Mean over seeds of a value of each step, some steps together, as far as all seeds have one."""
+    length = min(len(r[key] or ()) for r in runs)
+    together = max(1, max(len(r[key] or ()) for r in runs) // POINTS)
     x, y = [], []
     for start in range(0, length, together):
-        values = [v for r in runs for v in (r[key] or ())[start : start + together] if v is not None]
+        values = [v for r in runs for v in r[key][start : min(start + together, length)]]
         x.append(min(start + together, length))
-        y.append(round(sum(values) / len(values), 5) if values else None)
+        y.append(None if None in values else round(sum(values) / len(values), 5))
     return {"name": name, "form": "line", "x": x, "y": y}
 
 

@@ -7,7 +7,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from paper.grid import Grid
-from paper.panels import Record, Records, chance, curve, difference, final_loss, level, mean, panel, series, shown, top1
+from paper.panels import (
+    Record,
+    Records,
+    chance,
+    curve,
+    difference,
+    final_loss,
+    level,
+    mean,
+    panel,
+    seeds,
+    series,
+    shown,
+    top1,
+)
 
 SIZES: Mapping[str, Mapping[str, Sequence[str]]] = {
     "paper": {"Base": ["model=vit_b_16"], "Large": ["model=vit_l_14"], "Huge": ["model=vit_h_14"]},
@@ -98,21 +112,21 @@ def accuracy(records: Records) -> dict[str, Any]:
 
 def _result(runs: Sequence[Record], base: Sequence[Record]) -> list[str]:
     """Cells: seeds, accuracy and final loss, each with its difference to the same seeds of `base`."""
-    cells = [str(len(runs))]
+    cells = [seeds(runs)]
     for value, digits in ((top1, 2), (final_loss, 4)):
         own = "–" if runs is base else shown(difference(runs, base, value), digits, sign=True)
         cells += [shown(mean(runs, value), digits), own]
-    diverged = [r for r in runs if r["diverged"] is not None]
-    return [*cells[:-1], f"{cells[-1]}, {len(diverged)} diverged"] if diverged else cells
+    return cells
 
 
-def _sentence(name: str, size: str, runs: Sequence[Record], base: Sequence[Record]) -> str:
+def _sentence(name: str, where: str, runs: Sequence[Record], base: Sequence[Record]) -> str:
     """Whether a recipe differs from bf16 by more than seeds do."""
-    diverged = sum(r["diverged"] is not None for r in runs)
-    if diverged:
-        return f"{name} diverged in {diverged} of {len(runs)} runs ({size})."
     delta, half = difference(runs, base, top1)
-    told = f"{name} is {delta:+.2f} points from bf16 ({size}"
+    if not math.isfinite(delta):
+        diverged = "; ".join(f"{n} diverged in {d} of {len(own)} runs" for n, own in ((name, runs), ("bf16", base))
+                             if (d := sum(r["diverged"] is not None for r in own)))  # fmt: skip
+        return f"{diverged or f'{name} has no accuracy'} ({where})."
+    told = f"{name} is {delta:+.2f} points from bf16 ({where}"
     if half is None:
         return f"{told}, one seed: no interval)."
     verdict = "more than seeds explain" if abs(delta) > half else "within the noise of seeds"
@@ -132,8 +146,14 @@ def losses(records: Records) -> dict[str, Any]:
     rows = [[NAMES[r], *_result(records[f"{size}, {r}"], base)[3:]] for r in dict.fromkeys([*INT8, *FP8])]
     here = []
     for recipe in dict.fromkeys([*INT8[1:], *FP8[1:]]):
-        delta, half = difference(records[f"{size}, {recipe}"], base, final_loss)
-        here.append(f"{NAMES[recipe]} ends {shown((delta, half), 4, sign=True)} from the loss of bf16 ({size}).")
+        own = records[f"{size}, {recipe}"]
+        delta = difference(own, base, final_loss)
+        end = (
+            f"ends {shown(delta, 4, sign=True)} from the loss of bf16"
+            if math.isfinite(delta[0])
+            else "has no final loss"
+        )
+        here.append(f"{NAMES[recipe]} {end} ({size}; seeds: {seeds(own)}).")
     return {"panels": panels, "table": {"columns": ["recipe", "final loss", "to bf16"], "rows": rows}, "here": here}
 
 
@@ -145,7 +165,7 @@ def rescue(records: Records) -> dict[str, Any]:
         for when in ("first", "last"):
             found = [r["features"][when]["magnitudes"] for r in records[arm] if r["features"]]
             blocks = [name for name in (found[0] if found else ()) if name.startswith("visual.")]
-            values = [mean([{"v": f[name]} for f in found], lambda r: r["v"]) for name in blocks]
+            values = [mean(found, lambda magnitudes, name=name: magnitudes[name]) for name in blocks]
             label = f"{'layer scale' if arm == scaled else 'plain'}, {'start' if when == 'first' else 'end'}"
             magnitudes.append(series(label, range(1, len(blocks) + 1), values, "line+points"))
     panels = [
@@ -159,7 +179,7 @@ def rescue(records: Records) -> dict[str, Any]:
         for arm, runs in records.items()
         if runs is not base
     ]
-    grown = [m["y"][-1] / m["y"][0] for m in magnitudes if m["y"] and m["y"][0]]
+    grown = [m["y"][-1] / m["y"][0] for m in magnitudes if m["y"] and m["y"][0] and m["y"][-1]]
     if len(grown) == 4:
         here.append(
             f"From the first block to the last, features grow {grown[0]:.1f} times at the start and {grown[1]:.1f} "
@@ -214,9 +234,9 @@ def cost(records: Records) -> dict[str, Any]:
 def _against(records: Records, label: str, x: Any) -> dict[str, Any]:
     own = []
     for recipe, runs in records.items():
-        tasks = [next(iter(r["evaluations"].values())) for r in runs]
+        tasks = [next(iter(r["evaluations"].values()), []) for r in runs]
         places = range(min(map(len, tasks)))
         xs = [sum(x(r, task[n]) for r, task in zip(runs, tasks, strict=True)) / len(runs) for n in places]
-        values = [mean([{"v": 100 * task[n]["top1"]} for task in tasks], lambda r: r["v"]) for n in places]
+        values = [mean([task[n] for task in tasks], lambda e: 100 * e["top1"]) for n in places]
         own.append(series(NAMES[recipe], xs, values, "line+points"))
     return panel(label.partition(" (")[0], label, "zero-shot top-1 (%)", own, levels=level(chance(records), "chance"))

@@ -31,7 +31,6 @@ def make_shards(source: str, work: Path) -> None:
     parts = [samples[n * PER_SHARD :][:PER_SHARD] for n in range(SHARDS)]
     with ProcessPoolExecutor() as pool:
         list(pool.map(_write_shard, [work] * SHARDS, range(SHARDS), parts))
-    (work / "complete").touch()
 
 
 def _write_shard(work: Path, number: int, samples: list[dict[str, Any]]) -> None:

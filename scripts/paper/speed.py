@@ -21,6 +21,7 @@ from clipq.lowp.measure import milliseconds
 from paper.grid import Options, run_grid
 from paper.panels import mean, panel, series, shown
 from paper.precision import COST, NAMES, PAYING
+from paper.record import made_on
 
 WIDTHS = {"small": (768, 1024, 1280, 1664), "tiny": (64, 128)}
 TOKENS = {"small": (8192, 33024, 65536), "tiny": (256, 512)}
@@ -103,40 +104,58 @@ def _line(name: str, x: list[int], y: list[float]) -> dict[str, Any]:
 
 def steps(options: Options) -> dict[str, Any]:
     """Figure 4: training speed over bf16 by model; on a CPU the trainer's own, of a toy."""
-    found = _gpu_steps() if torch.cuda.is_available() and options.scale != "tiny" else _toy_steps(options)
+    found, facts = _gpu_steps() if torch.cuda.is_available() and options.scale != "tiny" else _toy_steps(options)
     names, models = NAMES | PEERS, list(found)
-    gains = {c: [found[m][c] / found[m]["bf16"] for m in models] for c in found[models[0]] if c != "bf16"}
-    bars = [series(names[c], range(len(models)), [(v, None) for v in values], "bars") for c, values in gains.items()]
-    panels = [panel("training step", models, "images/s over those of bf16", bars, levels=EVEN)]
-    rows = [
-        [model, names[column], shown((rate, None), 0), shown((rate / rates["bf16"], None), 3)]
-        for model, rates in found.items()
-        for column, rate in rates.items()
-    ]
-    here = [f"{names[c]}: {', '.join(shown((v, None)) for v in values)}." for c, values in gains.items()]
-    here.insert(0, f"Images a second over those of bf16 ({', '.join(models)}):")
-    table = {"columns": ["model", "step", "images/s", "to bf16"], "rows": rows}
-    return {"panels": panels, "table": table, "here": here}
+    panels, rows, here = [], [], []
+    for how in next(iter(found.values())):
+        rates = {m: found[m][how] for m in models}
+        gains = {c: [rates[m][c] / rates[m]["bf16"] for m in models] for c in rates[models[0]] if c != "bf16"}
+        bars = [
+            series(names[c], range(len(models)), [(v, None) for v in values], "bars") for c, values in gains.items()
+        ]
+        panels.append(panel(how, models, "images/s over those of bf16", bars, levels=EVEN))
+        here += [
+            f"{names[c]}, {how}: {', '.join(f'{m} {shown((v, None))}' for m, v in zip(models, values, strict=True))}."
+            for c, values in gains.items()
+        ]
+        rows += [
+            [model, names[column], how, shown((rate, None), 0), shown((rate / own["bf16"], None), 3)]
+            for model, own in rates.items()
+            for column, rate in own.items()
+        ]
+    table = {"columns": ["model", "step", "launched", "images/s", "to bf16"], "rows": rows}
+    return {"panels": panels, "table": table, "here": here, "environment": facts}
 
 
-def _gpu_steps() -> dict[str, dict[str, float]]:
-    """Images a second of each column, by `bench_step.py`; NaN of a peer that does not run."""
+Rates = dict[str, dict[str, dict[str, float]]]
+"""Model -> how the step is launched -> column -> images a second, NaN of a peer that does not run."""
+
+
+def _gpu_steps() -> tuple[Rates, dict[str, str]]:
+    """By `bench_step.py`, which says itself what it ran on."""
     script = Path(__file__).resolve().parents[1] / "bench_step.py"
-    found = {}
+    found, facts = {}, []
     for model in MODELS:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "step.json"
             command = [sys.executable, str(script), "--model", model, "--graph", "--show", "0", "--steps", "8"]
             subprocess.run([*command, "--columns", *COLUMNS, "--out", str(out)], check=True)
-            results = json.loads(out.read_text(encoding="utf-8"))["results"]
-        batch = results["settings"]["batch"]
+            content = json.loads(out.read_text(encoding="utf-8"))
+        results = content["results"]
+        batch, columns = results["settings"]["batch"], results["columns"]
         found[model] = {
-            name: math.nan if "error" in c else 1e3 * batch / (c["graph_step_ms"] or c["step_ms"])
-            for name, c in results["columns"].items()
+            how: {name: _rate(batch, c.get(key)) for name, c in columns.items() if key == "step_ms" or c.get(key)}
+            for how, key in (("kernel by kernel", "step_ms"), ("as a CUDA graph", "graph_step_ms"))
         }
-    return found
+        facts.append(content["environment"])
+    return found, made_on(facts)
 
 
-def _toy_steps(options: Options) -> dict[str, dict[str, float]]:
+def _rate(batch: int, milliseconds: float | None) -> float:
+    return 1e3 * batch / milliseconds if milliseconds else math.nan
+
+
+def _toy_steps(options: Options) -> tuple[Rates, dict[str, str]]:
     records = run_grid(PAYING, options)
-    return {"toy": {recipe: mean(records[recipe], lambda r: r["images_per_second"])[0] for recipe in COST}}
+    rates = {recipe: mean(records[recipe], lambda r: r["images_per_second"])[0] for recipe in COST}
+    return {"toy": {"by the trainer": rates}}, made_on([r["environment"] for runs in records.values() for r in runs])

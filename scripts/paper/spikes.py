@@ -9,7 +9,7 @@ from typing import Any
 from clipq.report.stability import PATCH_EMBEDDING
 from clipq.watch.spikes import Rules
 from paper.grid import Grid
-from paper.panels import Record, Records, chance, level, mean, panel, series, shown, top1
+from paper.panels import Record, Records, chance, level, mean, panel, seeds, series, shown, top1
 from paper.precision import SEEDS, SIZES
 
 Axes = Mapping[str, Sequence[tuple[str, Sequence[str]]]]
@@ -74,7 +74,7 @@ LEAD = Grid(
 
 
 def _per_thousand(record: Record) -> float:
-    return 1e3 * len(record["spikes"]) / max(1, record["steps"])
+    return 1e3 * len(record["spikes"]) / record["counted"] if record["counted"] and not record["diverged"] else math.nan
 
 
 def frequency(records: Records) -> dict[str, Any]:
@@ -90,15 +90,20 @@ def frequency(records: Records) -> dict[str, Any]:
         panels.append(panel(axis, [place for place, _ in places], "loss spikes in 1,000 steps", own))
     for arm, runs in records.items():
         count = sum(len(r["spikes"]) for r in runs)
-        rows.append([arm, str(len(runs)), str(count), shown(mean(runs, _highest_rms), 1), shown(mean(runs, top1))])
+        rows.append([arm, seeds(runs), str(count), shown(mean(runs, _highest_rms), 1), shown(mean(runs, top1))])
     total = sum(len(r["spikes"]) for runs in records.values() for r in runs)
     number = sum(map(len, records.values()))
-    here = [f"{total} loss spikes in {number} runs."]
+    counted = sum(r["counted"] for runs in records.values() for r in runs)
+    here = [f"{total} loss spikes in {number} runs and {counted:,} steps that count."]
     for beta2 in BETA2[scale]:
         own = [r for arm, runs in records.items() if arm.endswith(f"β2 {beta2}") for r in runs]
-        here.append(f"β2 {beta2}: {sum(len(r['spikes']) for r in own)} in {len(own)} runs.")
+        here.append(f"β2 {beta2}: {sum(len(r['spikes']) for r in own)} loss spikes (runs: {seeds(own)}).")
     columns = ["run", "seeds", "loss spikes", "highest RMS_t of the patch embedding", "top-1, %"]
     return {"panels": panels, "table": {"columns": columns, "rows": rows}, "here": here}
+
+
+def _per_run(record: Record) -> float:
+    return math.nan if record["diverged"] else float(len(record["spikes"]))
 
 
 def _highest_rms(record: Record) -> float:
@@ -126,13 +131,24 @@ def leads(records: Records) -> dict[str, Any]:
     before = [s["leads"][PATCH_EMBEDDING] for s in spikes if PATCH_EMBEDDING in s["leads"]]
     counts = [before.count(lead) for lead in range(1, Rules().lead + 1)]
     bars = {"name": "spikes", "form": "bars", "x": [*range(len(counts))], "y": counts}
-    panels.append(panel("lead times", [str(n) for n in range(1, len(counts) + 1)], "loss spikes", [bars]))
-    rows = [[str(r["seed"]), str(len(r["spikes"])), _leads(r), f"{100 * r['chance']:.1f} %"] for r in runs]
-    share = sum(r["chance"] for r in runs) / len(runs)
+    panels.append(
+        panel(
+            "steps from the first high RMS_t within 8 to the spike",
+            [str(n) for n in range(1, len(counts) + 1)],
+            "loss spikes",
+            [bars],
+        )
+    )
+    by_chance = [(100 * r["chance"], None) if r["chance"] is not None else (math.nan, None) for r in runs]
+    rows = [
+        [str(r["seed"]), str(len(r["spikes"])), _leads(r), f"{shown(c, 1)} %"]
+        for r, c in zip(runs, by_chance, strict=True)
+    ]
+    share = sum(c for c, _ in by_chance) / len(runs)
     here = [
         f"{len(spikes)} loss spikes in {len(runs)} runs; RMS_t of the patch embedding was high 1 to {Rules().lead} "
-        f"steps before {len(before)} of them, of any watched tensor before {sum(bool(s['leads']) for s in spikes)}; by "
-        f"chance it would be {100 * share:.1f} %."
+        f"steps before {len(before)} of them, where {shown((share, None), 1)} % would be so by chance; that of any "
+        f"watched tensor before {sum(bool(s['leads']) for s in spikes)}."
     ]
     columns = ["seed", "loss spikes", "RMS_t of the patch embedding high, steps before", "by chance"]
     return {"panels": panels, "table": {"columns": columns, "rows": rows}, "here": here}
@@ -157,7 +173,7 @@ def optimizers(records: Records) -> dict[str, Any]:
     panels = []
     for title, value, label in (
         ("accuracy", top1, "zero-shot top-1 (%)"),
-        ("spikes", lambda r: float(len(r["spikes"])), "loss spikes in a run"),
+        ("spikes", _per_run, "loss spikes in a run"),
     ):
         own = [
             series(o, range(len(betas)), [mean(records[f"{o}, β2 {b}"], value) for b in betas], "line+points")
@@ -168,15 +184,14 @@ def optimizers(records: Records) -> dict[str, Any]:
     rows = []
     for arm, runs in records.items():
         count = [str(len(r["spikes"])) for r in runs]
-        rows.append(
-            [arm, str(len(runs)), ", ".join(count), shown(mean(runs, _highest_rms), 1), shown(mean(runs, top1))]
-        )
+        rows.append([arm, seeds(runs), ", ".join(count), shown(mean(runs, _highest_rms), 1), shown(mean(runs, top1))])
     here = []
     for optimizer in OPTIMIZERS:
         own = [r for arm, runs in records.items() if arm.rpartition(", β2")[0] == optimizer for r in runs]
-        best = max((mean(records[f"{optimizer}, β2 {b}"], top1) for b in betas), key=lambda v: v[0])
+        found = [m for b in betas if math.isfinite((m := mean(records[f"{optimizer}, β2 {b}"], top1))[0])]
+        best = max(found, key=lambda m: m[0], default=(math.nan, None))
         here.append(
-            f"{optimizer}: {sum(len(r['spikes']) for r in own)} loss spikes in {len(own)} runs, best top-1 "
+            f"{optimizer}: {sum(len(r['spikes']) for r in own)} loss spikes (runs: {seeds(own)}), best top-1 "
             f"{shown(best)} %."
         )
     columns = ["run", "seeds", "loss spikes of each", "highest RMS_t of the patch embedding", "top-1, %"]

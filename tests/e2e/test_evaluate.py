@@ -78,6 +78,12 @@ def test_a_run_brings_its_own_tasks(trained: Path) -> None:
     assert refused.returncode == 2
     assert "eval has no tasks: choose a data set" in refused.stderr
     assert "config.yaml has none either" in refused.stderr
+    for more, message in (
+        (["checkpoint=runs/no"], "checkpoint=runs/no: no such file or folder"),
+        (["checkpoint=runs/*"], "only one checkpoint by its own name"),
+        (["checkpoint=runs/own", "eval.root=test"], "eval.root=test: eval has no tasks"),
+    ):
+        assert message in command("eval", *more, *settings[1:], cwd=trained, check=False).stderr
     (own / "config.yaml").write_text("eval: {tasks: 3}")
     assert "config.yaml: " in command("eval", *settings, cwd=trained, check=False).stderr, "and what is wrong with it"
     shutil.copy(trained / "runs" / "r" / "config.yaml", own)

@@ -58,8 +58,8 @@ def test_a_stopped_grid_goes_on(tmp_path: Path) -> None:
     subprocess.run(arguments, cwd=tmp_path, check=True, timeout=300)
     records = [json.loads(p.read_text()) for p in sorted(first.glob("records/*.json"))]
     assert [r["steps"] for r in records] == [12, 12]
-    logs = "".join(p.read_text() for p in first.glob("*.log"))
-    assert "resum" in logs or len(list(first.glob("*/checkpoints"))) == 2
+    rows = [json.loads(line) for p in first.glob("*/metrics.jsonl") for line in p.read_text().splitlines()]
+    assert [row["kind"] for row in rows].count("resume") == 1, "the run that was stopped went on, the other began"
     before = {p: p.stat().st_mtime_ns for p in first.rglob("*.jsonl")}
     subprocess.run(arguments, cwd=tmp_path, check=True, timeout=120)
     assert {p: p.stat().st_mtime_ns for p in first.rglob("*.jsonl")} == before
@@ -73,6 +73,13 @@ def test_a_stopped_grid_goes_on(tmp_path: Path) -> None:
         (["fig1", "seeds=x"], "seeds=x: expected a number"),
         (["fig1", "runs=r"], "fig1: data.root is not set. It is: "),
         (["fig8", "runs=r"], "data.root is not set: expected the folder of Tiny ImageNet"),
+        (["fig8", "runs=r", "data.root=/no"], "/no/train/*.tar.gz"),
+        (["fig1", "seeds=0"], "seeds=0: expected more than 0"),
+        (["fig1", "jobs=-1"], "jobs=-1: expected more than 0"),
+        (["fig1", "launcher=x", "minutes=3"], "launcher= with minutes="),
+        (["fig1", "run=x"], "fig9 alone takes a run"),
+        (["fig9", "scale=tiny", "run=no"], "no has no checkpoint"),
+        (["fig1", "scale=tiny", "runs=r", "backend=bf16"], "backend=bf16: the runs of this figure differ in backend"),
         (["fig1", "scale=tiny", "runs=r", "optim.lrr=1"], "fig1: optim.lrr: no such setting. Did you mean optim.lr?"),
     ],
 )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -23,12 +26,21 @@ GRID = Grid(
 )
 RUN = """
 import json, os, pathlib, signal, sys, time
-folder, seconds, code, diverged = pathlib.Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+folder, seconds, code, diverged, saving = pathlib.Path(sys.argv[1]), *map(float, sys.argv[2:])
 folder.mkdir(parents=True, exist_ok=True)
 begun = folder / "begun"
 begun.write_text(str(int(begun.read_text()) + 1 if begun.exists() else 1))
 (folder / "ready").touch()
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+asked = []
+
+def stop(*_):
+    asked.append(time.monotonic())
+    if len(asked) > 1:
+        os._exit(143)  # asked again: at once, with nothing saved
+    time.sleep(saving)
+    os._exit(75)
+
+signal.signal(signal.SIGTERM, stop)
 end = time.monotonic() + seconds
 while time.monotonic() < end:
     time.sleep(0.01)
@@ -41,7 +53,7 @@ rows += [{"kind": "event", "event": "bad step", "step": 2, "reason": "nan"}] if 
 rows += [] if diverged else [{"kind": "eval", "step": 4, "task": "t", "metrics": {"top1": 0.5, "chance": 0.1}}]
 (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
 print("the last line")
-sys.exit(code)
+sys.exit(int(code))
 """
 
 
@@ -49,13 +61,14 @@ class Runs:
     """Stands in for clipq-train: what each run does, and how often it was begun."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.seconds, self.ends = path, 0.0, {}
+        self.path, self.seconds, self.saving, self.ends = path, 0.0, 0.0, {}
         self.commands: list[Job] = []
 
     def command_of(self, folder: Path, job: Job) -> list[str]:
         self.commands.append(job)
         code, diverged = self.ends.get(job.name, (0, 0))
-        return [sys.executable, "-c", RUN, str(folder / job.name), str(self.seconds), str(code), str(diverged)]
+        numbers = (self.seconds, code, diverged, self.saving)
+        return [sys.executable, "-c", RUN, str(folder / job.name), *map(str, numbers)]
 
     def begun(self) -> dict[str, int]:
         return {p.parent.name: int(p.read_text()) for p in sorted(self.path.glob("tiny/fig6_spikes/*/begun"))}
@@ -77,11 +90,11 @@ NAMES = ["high-s0", "high-s1", "low_beta2_0_9-s0", "low_beta2_0_9-s1"]
 
 
 def test_the_first_seed_of_all_arms_comes_first(runs: Runs) -> None:
-    jobs = jobs_of(GRID, options(runs, overrides=("optim.lr=1",)))
+    jobs = jobs_of(GRID, options(runs, overrides=("optim.eps=1",)))
     assert [job.name for job in jobs] == ["low_beta2_0_9-s0", "high-s0", "low_beta2_0_9-s1", "high-s1"]
-    common = ("experiment=paper/fig6_spikes", "scale=tiny", "optim.lr=1")
+    common = ("experiment=paper/fig6_spikes", "scale=tiny", "optim.eps=1")
     assert jobs[0].overrides == (*common, "optim.beta2=0.9", "seed=0")
-    assert jobs[3].overrides == (*common, "optim.lr=1e-2", "seed=1"), "an arm's own settings go before those of all"
+    assert jobs[3].overrides == (*common, "optim.lr=1e-2", "seed=1")
     assert len(jobs_of(GRID, options(runs, seeds=5))) == 10
 
 
@@ -109,7 +122,70 @@ def test_a_record_of_other_settings_is_refused(runs: Runs) -> None:
     run_grid(GRID, options(runs, jobs=4))
     with pytest.raises(GridError, match=r"optim\.weight_decay: 0\.2 -> 0\.3"):
         run_grid(GRID, options(runs, overrides=("optim.weight_decay=0.3",)))
+    for other in ("eval.tasks.shapes.templates=openclip:simple", "guard.policy=skip", "model.pretrained=x.pt"):
+        with pytest.raises(GridError, match="is of other settings"):
+            run_grid(GRID, options(runs, overrides=(other,)))
     run_grid(GRID, options(runs, overrides=("data.root=/elsewhere", "log.every=7", "device=cuda")))  # where and how
+
+
+@pytest.mark.parametrize("override", ["optim.lr=1", "seed=3", "name=x", "optim.beta2=0.5"])
+def test_what_arms_differ_in_cannot_be_set(override: str, runs: Runs) -> None:
+    with pytest.raises(GridError, match=f"{override.partition('=')[0]}: leave it out"):
+        run_grid(GRID, options(runs, overrides=(override,)))
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]"])
+def test_a_damaged_record_is_named(content: str, runs: Runs) -> None:
+    records = runs.path / "tiny" / "fig6_spikes" / "records"
+    records.mkdir(parents=True)
+    (records / "high-s0.json").write_text(content)
+    with pytest.raises(GridError, match=r"high-s0\.json is no record .*: remove it"):
+        run_grid(GRID, options(runs))
+
+
+def test_a_run_without_a_step_has_failed(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where memory ran out in the first: its metrics are there, and empty."""
+    without = RUN.replace('(folder / "metrics.jsonl").write_text(', '(folder / "metrics.jsonl").write_text("" and ')
+    monkeypatch.setattr(sys.modules[__name__], "RUN", without)
+    runs.ends = dict.fromkeys(NAMES, (1, 0))
+    with pytest.raises(GridError, match="the last line") as told:
+        run_grid(GRID, options(runs, jobs=2))
+    assert str(told.value).count("exit code 1") == 4
+
+
+def test_two_commands_do_not_share_runs(runs: Runs) -> None:
+    runs.seconds = 30
+
+    def first() -> None:
+        with contextlib.suppress(UnfinishedError):
+            run_grid(GRID, options(runs, minutes=0.1))
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    while not runs.begun():
+        time.sleep(0.05)
+    with pytest.raises(GridError, match="another process is at the runs of"):
+        run_grid(GRID, options(runs))
+    thread.join()
+
+
+def test_runs_end_with_a_command_that_is_killed(tmp_path: Path) -> None:
+    code = (
+        "import subprocess, sys, paper.grid as g\n"
+        "p = subprocess.Popen(['sleep', '60'], preexec_fn=g._end_with_parent)\n"
+        "print(p.pid, flush=True); p.wait()"
+    )
+    scripts = Path(paper.grid.__file__).parents[1]
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=scripts)
+    assert parent.stdout is not None
+    child = Path("/proc") / parent.stdout.readline().strip()
+    assert child.exists()
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 10
+    while child.exists() and b"sleep" in _command_line(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert b"sleep" not in _command_line(child)
 
 
 def test_a_failed_run_is_told_after_the_others_are_through(runs: Runs) -> None:
@@ -135,16 +211,25 @@ def test_a_wrong_setting_ends_the_grid(runs: Runs) -> None:
 def test_a_run_that_diverged_is_a_result(runs: Runs) -> None:
     runs.ends["high-s1"] = (1, 1)
     found = run_grid(GRID, options(runs, jobs=4))
-    assert [r["diverged"] for r in found["high"]] == [None, 2]
+    assert [r["diverged"] for r in found["high"]] == [None, {"step": 2, "why": "nan"}]
     assert found["high"][1]["evaluations"] == {}
 
 
-def test_time_is_up_and_the_same_command_goes_on(runs: Runs) -> None:
-    runs.seconds = 60
+def test_time_is_up_and_the_same_command_goes_on(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes: list[int] = []
+    finish = paper.grid._finish
+
+    def noted(folder: Path, job: Job, code: int, watts: float | None = None) -> str | None:
+        codes.append(code)
+        return finish(folder, job, code, watts)
+
+    monkeypatch.setattr(paper.grid, "_finish", noted)
+    runs.seconds, runs.saving = 60, 1.0
     start = time.monotonic()
     with pytest.raises(UnfinishedError, match="4 of 4 runs are left"):
         run_grid(GRID, options(runs, jobs=2, minutes=2 / 60))
     assert time.monotonic() - start < 20
+    assert codes == [75, 75], "asked once, however long they take to save"
     assert runs.begun() == {"high-s0": 1, "low_beta2_0_9-s0": 1}, "no other was begun when time was up"
     runs.seconds = 0
     run_grid(GRID, options(runs, jobs=2))
@@ -218,6 +303,6 @@ def test_a_record_is_written_whole(runs: Runs) -> None:
 def test_signals_are_those_of_the_trainer() -> None:
     """A run that is killed before it can save is unfinished, not failed."""
     job = Job("a", 0, "a", ())
-    assert paper.grid._finish(Path("/nowhere"), job, -signal.SIGTERM) is None
-    assert paper.grid._finish(Path("/nowhere"), job, 75) is None
+    for code in (-signal.SIGTERM, -signal.SIGINT, 143, 130, 75):
+        assert paper.grid._finish(Path("/nowhere"), job, code) is None
     assert "exit code -9" in (paper.grid._finish(Path("/nowhere"), job, -9) or "")
