@@ -127,14 +127,15 @@ def make(name: str, figure: Figure, options: Options, out: Path) -> Path:
         raise AssertionError(f"{name} has nothing to be made of")
     facts["matplotlib"] = version("matplotlib")
     facts.pop("command")
-    changed = [*([f"seeds={options.seeds}"] if options.seeds else []), *(["run=RUN"] if options.run else [])]
+    changed = [*([f"seeds={options.seeds}"] if options.seeds else []), *(["run=runs/RUN"] if options.run else [])]
+    command = shlex.join(["scripts/reproduce.py", name, f"scale={options.scale}", *changed, *changes_of(options)])
     differs = out / f"{name}.differs.txt"  # by whoever has looked at these results
     full = {
         "kind": "figure",
         "name": name,
         "title": figure.title,
         "scale": options.scale,
-        "command": shlex.join(["scripts/reproduce.py", name, f"scale={options.scale}", *changed, *changes_of(options)]),
+        "command": command if options.run is None else f"{trained_by(options.run)}\n{command}",
         "environment": facts,
         "paper": figure.paper,
         "differs": " ".join(differs.read_text(encoding="utf-8").split()) if differs.exists() else "",
@@ -147,6 +148,13 @@ def make(name: str, figure: Figure, options: Options, out: Path) -> Path:
     path = out / f"{name}.json"
     path.write_text(json.dumps(full, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return write_figure(path)
+
+
+def trained_by(run: Path) -> str:
+    """The command that a run was trained by, without places of a machine."""
+    stored = json.loads((run / "environment.json").read_text(encoding="utf-8"))["command"]
+    own = [o for o in shlex.split(stored)[1:] if not o.startswith((*PLACES, "runs=", "name="))]
+    return shlex.join(["clipq-train", *own, "name=RUN"])
 
 
 def made_of(settings: dict[str, Any]) -> str:
