@@ -158,7 +158,7 @@ def test_two_commands_do_not_share_runs(runs: Runs) -> None:
 
     def first() -> None:
         with contextlib.suppress(UnfinishedError):
-            run_grid(GRID, options(runs, minutes=0.1))
+            run_grid(GRID, options(runs, minutes=0.04))
 
     thread = threading.Thread(target=first)
     thread.start()
