@@ -36,7 +36,7 @@ MISTAKE = 2
 """What `clipq-train` exits with where its settings are wrong."""
 ENDED = (UNFINISHED, -signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGINT)
 """Exit codes of a run that was asked to end; it goes on from its checkpoint, if it has one."""
-PR_SET_PDEATHSIG = 1
+PRCTL, PR_SET_PDEATHSIG = getattr(ctypes.CDLL(None), "prctl", None), 1  # Linux's; looked up before a fork
 ELSEWHERE = (
     *("name", "runs", "log", "checkpoint", "resume", "device", "parallel", "dry_run", "gpus"),
     *("data.workers", "data.prefetch", "data.cache", "data.cache_gb"),
@@ -227,9 +227,9 @@ def _start(folder: Path, job: Job, together: int) -> subprocess.Popen[bytes]:
 
 
 def _end_with_parent() -> None:
-    """Asks this process to save and end when the one that started it is gone, be it killed. Linux only."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    """Asks this process to save and end when the one that started it is gone, be it killed."""
+    if PRCTL is not None:
+        PRCTL(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def command_of(folder: Path, job: Job) -> list[str]:
