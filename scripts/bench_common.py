@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 
 from clipq.build import build_run
-from clipq.config.hydra import configs_dir, register, to_job
+from clipq.config.hydra import composed, register, to_job
 from clipq.config.schema import TrainJob
 from clipq.dist.env import DistEnv
 from clipq.log.console import Console
@@ -105,8 +104,7 @@ def free_memory() -> None:
 def run_of(env: DistEnv, *overrides: str, folder: Path = Path("/tmp/clipq_bench")) -> Run:
     """What clipq-train builds of these settings; its shards are only looked at."""
     register({})
-    with initialize_config_dir(str(configs_dir()), version_base="1.3"):
-        job = to_job(compose("train", [*overrides, "name=x"]), TrainJob)
+    job = to_job(composed("train", [*overrides, "name=x"]), TrainJob)
     return build_run(job, env, folder, "", Console(enabled=False))
 
 

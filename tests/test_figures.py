@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import matplotlib
@@ -37,7 +38,7 @@ def test_a_figure_says_what_it_was_made_with(path: Path) -> None:
     environment = read_figure(path)["environment"]
     assert {"device", "torch", "commit", "matplotlib", "clipq"} <= environment.keys()
     assert not any(commit.endswith("+") for commit in environment["commit"].split(", ")), "made of uncommitted code"
-    assert not any(word in path.read_text() for word in ("/tmp/", "/home/", "/root/", "/work/"))
+    assert not re.search(r"""[\s"'=]/\w""", path.read_text()), "a path of one machine"
 
 
 def test_there_are_figures() -> None:

@@ -11,7 +11,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,6 +46,16 @@ def register(resolvers: dict[str, Callable[..., Any]]) -> None:
     store.store(name="eval_schema", node=EvalJob)
     for name, function in {"clipq.stem": lambda path: Path(path).stem, **resolvers}.items():
         OmegaConf.register_new_resolver(name, function, replace=True)
+
+
+def composed(config_name: str, overrides: Sequence[str]) -> DictConfig:
+    """What overrides compose to, without a command; after `register`.
+
+    Raises:
+        HydraException, OmegaConfBaseException: they cannot be read; `explain` says what is wrong.
+    """
+    with hydra.initialize_config_dir(str(configs_dir()), version_base="1.3"):
+        return hydra.compose(config_name, list(overrides))
 
 
 def to_job(cfg: DictConfig, kind: type[Job]) -> Job:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clipq.report.plots import COLORS, DASHES, GREY, MARKERS, canvas, legend, log_y, png, style
+from clipq.report.tables import markdown_row, markdown_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -206,5 +207,6 @@ def figure_page(content: dict[str, Any], image: str) -> str:
 
 def markdown(table: dict[str, Any]) -> str:
     """A table in Markdown."""
-    lines = [table["columns"], ["---"] * len(table["columns"]), *table["rows"]]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    lines = [[markdown_text(str(cell)) for cell in line] for line in (table["columns"], *table["rows"])]
+    lines.insert(1, ["---"] * len(table["columns"]))
+    return "".join(markdown_row(line[0], line[1:]) for line in lines).rstrip("\n")

@@ -32,19 +32,19 @@ def console_table(runs: Sequence[Run]) -> str:
 
 def markdown_table(runs: Sequence[Run]) -> str:
     """A Markdown document: the comparison, the settings that differ, the notes."""
-    names = [_markdown(run.name) for run in runs]
+    names = [markdown_text(run.name) for run in runs]
     parts = [f"# {', '.join(names)}", _markdown_head("", names)]
     for group, lines in _groups(compare(runs)):
-        parts[-1] += _markdown_row(f"**{_markdown(group)}**", [""] * len(runs))
+        parts[-1] += markdown_row(f"**{markdown_text(group)}**", [""] * len(runs))
         for line in lines:
-            parts[-1] += _markdown_row(_markdown(line.label), _cells(line, len(runs)))
+            parts[-1] += markdown_row(markdown_text(line.label), _cells(line, len(runs)))
     different = [(name, values) for name, values, differs in settings(runs) if differs]
     if different:
         parts += ["## Settings that differ", _markdown_head("setting", names)]
         for name, values in different:
-            cells = ["—" if value is None else _markdown(value) for value in values]
-            parts[-1] += _markdown_row(_markdown(name), cells)
-    notes = [f"- {_markdown(run.name)}: {_markdown(note)}" for run in runs for note in run.notes]
+            cells = ["—" if value is None else markdown_text(value) for value in values]
+            parts[-1] += markdown_row(markdown_text(name), cells)
+    notes = [f"- {markdown_text(run.name)}: {markdown_text(note)}" for run in runs for note in run.notes]
     if notes:
         parts += ["## Notes", "\n".join(notes)]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
@@ -70,13 +70,15 @@ def _cells(line: Quantity, runs: int) -> list[str]:
     return [line.text(index) for index in range(runs)]
 
 
-def _markdown(text: str) -> str:
+def markdown_text(text: str) -> str:
+    """Text as it is, in a cell of a table too."""
     return html.escape(text, quote=False).replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
 
 
 def _markdown_head(first: str, names: Sequence[str]) -> str:
-    return _markdown_row(first, names) + _markdown_row("---", ["---:"] * len(names))
+    return markdown_row(first, names) + markdown_row("---", ["---:"] * len(names))
 
 
-def _markdown_row(first: str, cells: Sequence[str]) -> str:
+def markdown_row(first: str, cells: Sequence[str]) -> str:
+    """One line of a table."""
     return "| " + " | ".join([first, *cells]) + " |\n"

@@ -20,10 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from clipq.config.hydra import configs_dir, register, to_job
+from clipq.config.hydra import composed, register, to_job
 from clipq.config.schema import TrainJob
 from clipq.dist.stop import UNFINISHED
 from clipq.log.folder import flatten_yaml
@@ -305,9 +304,7 @@ def check(job: Job) -> None:
 
 def _composed(job: Job) -> DictConfig:
     register({"clipq.synthetic": lambda: "SYNTHETIC"})
-    with initialize_config_dir(str(configs_dir()), version_base="1.3"):
-        own = [o for o in job.overrides if not o.startswith("hydra")]
-        return compose("train", [*own, f"name={job.name}"])
+    return composed("train", [*(o for o in job.overrides if not o.startswith("hydra")), f"name={job.name}"])
 
 
 def _record(folder: Path, job: Job) -> dict[str, Any] | None:

@@ -50,7 +50,6 @@ def summary(folder: Path, *, diverged: bool = False) -> dict[str, Any]:
             for task, several in run.evaluations.items()
         },
         "spikes": [{"step": s.step, "loss": s.loss, "mean": s.mean, "leads": s.leads} for s in found.spikes],
-        "rises": [{"step": r.step, "parameter": r.parameter, "rms": r.rms} for r in found.rises],
         "chance": None if rms is None else chance_of_a_lead(run.train["step"], run.train["loss"], rms, found.rules),
         "diverged": {"step": bad[0].step, "why": bad[0].text} if diverged and bad else None,
     }

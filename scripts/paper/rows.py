@@ -17,10 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from clipq.build import build_run
-from clipq.cli.train import synthetic
-from clipq.config.hydra import register, to_job
+from clipq.config.hydra import to_job
 from clipq.config.schema import TrainJob
-from clipq.data.synthetic import ensure
 from clipq.dist.env import DistEnv
 from clipq.log.console import Console
 from clipq.model.surgery import blocks
@@ -91,10 +89,7 @@ def build(source: Path | Sequence[str], changes: Sequence[str], env: DistEnv, fo
         changes: settings that are to differ, such as `data.root=…`; of a run in the names of its config.yaml.
         folder: for what a run writes at once.
     """
-    register({"clipq.synthetic": synthetic})
     if not isinstance(source, Path):
-        if "data=synthetic" in source:
-            ensure()
         return run_of(env, *source, *changes, folder=folder), 0
     checkpoint = newest(source / "checkpoints")
     if checkpoint is None:

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from clipq.config.hydra import configs_dir, field_docs, field_types, register, to_job
+from clipq.config.hydra import composed, configs_dir, field_docs, field_types, register, to_job
 from clipq.config.schema import EvalJob, TrainJob
 
 FROZEN = Path(__file__).with_name("options.txt")
@@ -26,8 +25,7 @@ OPTIONS = [
 
 def compose_job(kind: type, name: str, *overrides: str) -> Any:
     register({"clipq.synthetic": lambda: "/data/synthetic"})
-    with initialize_config_dir(str(configs_dir()), version_base="1.3"):
-        return to_job(compose(name, list(overrides)), kind)
+    return to_job(composed(name, overrides), kind)
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda x: x)

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 from clipq.build import build_run
-from clipq.config.hydra import configs_dir, register, to_job
+from clipq.config.hydra import composed, register, to_job
 from clipq.config.schema import TrainJob
 from clipq.dist.env import DistEnv
 from clipq.log.console import Console
@@ -25,14 +24,13 @@ PAIRS = 12
 def job_in(folder: Path, *overrides: str) -> TrainJob:
     """A job on the tiny model and the shards in the folder, in fp32."""
     register({})
-    with initialize_config_dir(str(configs_dir()), version_base="1.3"):
-        cfg = compose(
-            "train",
-            [
-                *(f"model.name={folder}/tiny.json", f"data.shards={folder}/*.tar", "name=x", f"batch_size={PAIRS}"),
-                *("backend=fp32", "optim.clip_norm=1.0", *overrides),
-            ],
-        )
+    cfg = composed(
+        "train",
+        [
+            *(f"model.name={folder}/tiny.json", f"data.shards={folder}/*.tar", "name=x", f"batch_size={PAIRS}"),
+            *("backend=fp32", "optim.clip_norm=1.0", *overrides),
+        ],
+    )
     return to_job(cfg, TrainJob)
 
 

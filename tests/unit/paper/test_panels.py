@@ -23,7 +23,7 @@ def record(seed: int, accuracy: float | None, loss: float = 1.0, **more: Any) ->
     tasks = {} if accuracy is None else {"t": [{"step": 40, "seconds": 1.0, "top1": accuracy, "chance": 0.02}]}
     diverged = {"step": 20, "why": "nan"} if accuracy is None else None
     plain = {"seed": seed, "evaluations": tasks, "diverged": diverged, "loss": [loss] * 40}
-    plain |= {"spikes": [], "rises": [], "rms": None, "chance": 0.0, "steps": 40, "counted": 20, "features": {}}
+    plain |= {"spikes": [], "rms": None, "chance": 0.0, "steps": 40, "counted": 20, "features": {}}
     return plain | {"settings": {"watch.ignore": 0, "model.name": "X"}} | more
 
 
